@@ -1,0 +1,1 @@
+"""The process that keeps the kernel as `rules` says it should be."""

@@ -1,0 +1,45 @@
+"""What the sources tell the loop.
+
+A source puts lists of events into the loop's queue; a list is applied as a whole and ends in one
+transaction, so whatever belongs together (a changed file, a relist) stays together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rules.objects import Address, Name, Object
+
+
+class Upsert(NamedTuple):
+    """An object is there, in this form; the loop finds out what is new about it."""
+
+    object: Object
+
+
+class Delete(NamedTuple):
+    """An object is gone. `kind` is the record's type, `name` its `name`."""
+
+    kind: type[Object]
+    name: Name | str
+
+
+class Synced(NamedTuple):
+    """The source has told everything that was there when it started.
+
+    Until then nothing is programmed: half a cluster would look like deletions.
+    """
+
+
+class NodeAddresses(NamedTuple):
+    """The addresses of this machine's interfaces, all of them, after a change.
+
+    `primary` holds at most one address per family: the one that traffic to the default route
+    would leave with.
+    """
+
+    addresses: frozenset[Address]
+    primary: tuple[Address, ...]
+
+
+Event = Upsert | Delete | Synced | NodeAddresses

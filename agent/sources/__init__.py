@@ -1,0 +1,1 @@
+"""Where events come from: manifests now, an API server next."""

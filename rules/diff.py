@@ -1,0 +1,286 @@
+"""Have and want: the change, in the order that one transaction needs.
+
+Two ways lead to a change, and tests hold them against each other:
+
+- `advance` goes from what one frontend was given last to what it wants now. It costs what the
+  frontend's list is long and is the way of every ordinary change.
+- `between` compares all elements of a table with all that should be there. It is the way of a
+  start, of a repair, and of every doubt: it needs no trust in what was written before.
+
+A transaction deletes first and adds afterwards, because an element with other data under the same
+key is deleted and added. Slots make that rare: see `rules.slots`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from rules.language import Set
+from rules.nft import Element, Key, Value
+from rules.program import Claim, Owned, Wanted
+from rules.selection import Target
+from rules.slots import LADDER, Slots, assign, fitting
+from rules.tables import INSIDE_OFFSET, PLAIN, SETS, balancer, width_of
+
+
+class Change:
+    """Elements to delete and elements to add, per set."""
+
+    def __init__(self) -> None:
+        self.removed: dict[Set, list[Element]] = {}
+        self.added: dict[Set, list[Element]] = {}
+        self.forgotten: list[Forgotten] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.added)
+
+    def remove(self, owner: Set, key: Key, value: Value = None) -> None:
+        """Notes an element to delete; its value is for people."""
+        self.removed.setdefault(owner, []).append((key, value))
+
+    def add(self, owner: Set, key: Key, value: Value = None) -> None:
+        """Notes an element to add."""
+        self.added.setdefault(owner, []).append((key, value))
+
+    @property
+    def operations(self) -> int:
+        """How many elements it deletes and adds."""
+        return sum(map(len, self.removed.values())) + sum(map(len, self.added.values()))
+
+
+class Forgotten(NamedTuple):
+    """Sticky clients of an address whose endpoint went; all of them if `targets` is None."""
+
+    family: int
+    destination: Key
+    targets: frozenset[Target] | None
+
+
+class Installed(msgspec.Struct, frozen=True):
+    """What one frontend was given: two lists with their slots and widths, and other elements."""
+
+    wanted: Wanted
+    slots: Slots
+    width: int
+    inside: Slots
+    inside_width: int
+
+
+class Lists(NamedTuple):
+    """The slots and widths that a frontend has, as far as known: where new ones start from."""
+
+    slots: Slots = ()
+    width: int = 0
+    inside: Slots = ()
+    inside_width: int = 0
+
+
+_EMPTY = Lists()
+
+
+def install(wanted: Wanted, before: Lists = _EMPTY) -> Installed:
+    """Gives every endpoint a slot and each list its width, keeping what it can of `before`."""
+    slots = assign(before.slots, wanted.endpoints)
+    inside = assign(before.inside, wanted.inside) if wanted.inside is not None else ()
+    return Installed(
+        wanted,
+        slots,
+        fitting(len(slots), before.width),
+        inside,
+        fitting(len(inside), before.inside_width) if wanted.inside is not None else 0,
+    )
+
+
+def lists_of(installed: Installed | None) -> Lists:
+    """The slots and widths of what is installed."""
+    if installed is None:
+        return _EMPTY
+    return Lists(installed.slots, installed.width, installed.inside, installed.inside_width)
+
+
+def elements(claim: Claim, installed: Installed) -> Iterator[Owned]:
+    """Every element that a frontend has in the kernel."""
+    yield from _verdicts(claim, installed)
+    owner = _endpoint_map(claim)
+    for slots, offset in ((installed.slots, 0), (installed.inside, INSIDE_OFFSET)):
+        for index, target in enumerate(slots):
+            yield owner, claim.key + _slot(offset + index), target
+    yield from installed.wanted.elements
+
+
+def advance(
+    claim: Claim, before: Installed | None, after: Installed | None, change: Change
+) -> None:
+    """Adds to `change` what leads one frontend from `before` to `after`."""
+    _advance_verdicts(claim, before, after, change)
+    owner = _endpoint_map(claim)
+    old, new = lists_of(before), lists_of(after)
+    _advance_slots((owner, claim.key, 0), old.slots, new.slots, change)
+    _advance_slots((owner, claim.key, INSIDE_OFFSET), old.inside, new.inside, change)
+    had = before.wanted.elements if before else frozenset()
+    wants = after.wanted.elements if after else frozenset()
+    for element in had - wants:
+        change.remove(*element)
+    for element in wants - had:
+        change.add(*element)
+    _forget(claim, before, after, change)
+
+
+def _verdicts(claim: Claim, installed: Installed) -> Iterator[Owned]:
+    wanted = installed.wanted
+    node_port = not wanted.frontend.address
+    yield (
+        claim.verdicts,
+        claim.key,
+        balancer(
+            installed.width,
+            style=wanted.style,
+            node_port=node_port,
+            inside=False,
+            sticky=wanted.sticky,
+        ),
+    )
+    if wanted.inside is not None:
+        sets = SETS[claim.verdicts.family]
+        yield (
+            sets.inside_nodeports if node_port else sets.inside_ips,
+            claim.key,
+            balancer(
+                installed.inside_width,
+                style=PLAIN,
+                node_port=node_port,
+                inside=True,
+                sticky=wanted.sticky,
+            ),
+        )
+
+
+def _advance_verdicts(
+    claim: Claim, before: Installed | None, after: Installed | None, change: Change
+) -> None:
+    had = set(_verdicts(claim, before)) if before else set()
+    wants = set(_verdicts(claim, after)) if after else set()
+    for element in had - wants:
+        change.remove(*element)
+    for element in wants - had:
+        change.add(*element)
+
+
+def _endpoint_map(claim: Claim) -> Set:
+    sets = SETS[claim.verdicts.family]
+    return sets.endpoints if claim.verdicts is sets.service_ips else sets.nodeport_endpoints
+
+
+def _slot(index: int) -> bytes:
+    return index.to_bytes(4, sys.byteorder)
+
+
+def _advance_slots(slots: tuple[Set, Key, int], old: Slots, new: Slots, change: Change) -> None:
+    if old is new:
+        return
+    owner, key, offset = slots
+    common = min(len(old), len(new))
+    for index in range(common):
+        if old[index] != new[index]:
+            slot = key + _slot(offset + index)
+            change.remove(owner, slot, old[index])
+            change.add(owner, slot, new[index])
+    for index in range(common, len(old)):
+        change.remove(owner, key + _slot(offset + index), old[index])
+    for index in range(common, len(new)):
+        change.add(owner, key + _slot(offset + index), new[index])
+
+
+def _forget(
+    claim: Claim, before: Installed | None, after: Installed | None, change: Change
+) -> None:
+    """Sticky clients must not be sent where a list no longer leads."""
+    if before is None or not before.wanted.sticky:
+        return
+    family = claim.verdicts.family
+    if after is None or not after.wanted.sticky:
+        change.forgotten.append(Forgotten(family, claim.key, None))
+        return
+    gone = set(before.slots).difference(after.slots)
+    gone |= set(before.inside).difference(after.inside)
+    if gone:
+        change.forgotten.append(Forgotten(family, claim.key, frozenset(gone)))
+
+
+# --- everything against everything --------------------------------------------------------------
+
+Elements = Mapping[Set, Mapping[Key, Value]]
+
+
+def between(have: Elements, want: Elements) -> Change:
+    """The change that turns all elements of `have` into those of `want`."""
+    change = Change()
+    for owner in {**have, **want}:
+        had, wants = have.get(owner, {}), want.get(owner, {})
+        for key, value in had.items():
+            if key not in wants or wants[key] != value:
+                change.remove(owner, key, value)
+        for key, value in wants.items():
+            if key not in had or had[key] != value:
+                change.add(owner, key, value)
+    return change
+
+
+def collected(owned: Iterable[Owned]) -> dict[Set, dict[Key, Value]]:
+    """Elements by set and key."""
+    result: dict[Set, dict[Key, Value]] = {}
+    for owner, key, value in owned:
+        result.setdefault(owner, {})[key] = value
+    return result
+
+
+def restored(family: int, have: Elements) -> dict[Claim, Lists]:
+    """The slots and widths that the elements in the kernel show, for `install` to start from.
+
+    A list with a hole is cut there: what stands behind it will be assigned anew.
+    """
+    sets = SETS[family]
+    result: dict[Claim, Lists] = {}
+    for verdicts, inside_verdicts, owner in (
+        (sets.service_ips, sets.inside_ips, sets.endpoints),
+        (sets.service_nodeports, sets.inside_nodeports, sets.nodeport_endpoints),
+    ):
+        slots = _slots_by_key(have.get(owner, {}))
+        inside_verdict = have.get(inside_verdicts, {})
+        for key, chain in have.get(verdicts, {}).items():
+            result[Claim(verdicts, key)] = Lists(
+                _dense(slots.get(key), 0),
+                _width(chain),
+                _dense(slots.get(key), INSIDE_OFFSET),
+                _width(inside_verdict.get(key)),
+            )
+    return result
+
+
+def _slots_by_key(have: Mapping[Key, Value]) -> dict[Key, dict[int, Value]]:
+    result: dict[Key, dict[int, Value]] = {}
+    for key, target in have.items():
+        result.setdefault(key[:-4], {})[int.from_bytes(key[-4:], sys.byteorder)] = target
+    return result
+
+
+def _dense(slots: Mapping[int, Value] | None, offset: int) -> Slots:
+    found: dict[Target, None] = {}
+    while slots:
+        target = slots.get(offset + len(found))
+        if not isinstance(target, bytes) or target in found:
+            break
+        found[target] = None
+    return tuple(found)
+
+
+def _width(chain: Value) -> int:
+    try:
+        width = width_of(chain) if isinstance(chain, str) else 0
+    except ValueError:
+        return 0
+    return width if width in LADDER else 0

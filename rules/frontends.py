@@ -1,0 +1,98 @@
+"""A Service's addresses: where it answers, from which list, and what a client's address becomes.
+
+| frontend | list by | masqueraded |
+|---|---|---|
+| cluster IP | internalTrafficPolicy | clients that are no pod of this node, if that can be told |
+| load balancer IP, external IP, node port | externalTrafficPolicy | policy Cluster: all |
+| the same, policy Local, asked from inside | the cluster list | what the node itself sends |
+
+Every frontend is a *claim* on a key of one verdict map. Two frontends with one key cannot both
+have it: within a Service the first of the table's order wins, between Services the older one
+(`agent.state` keeps the claims).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import NamedTuple
+
+from rules.objects import PROTOCOL_NAMES, Address, Service, ServicePort, address_text
+from rules.tables import FAMILIES
+
+FAMILY_OF_LENGTH = {4: 4, 16: 6}
+
+
+class Kind(Enum):
+    """What sort of address a frontend is."""
+
+    CLUSTER_IP = "cluster IP"
+    LOAD_BALANCER_IP = "load balancer IP"
+    EXTERNAL_IP = "external IP"
+    NODE_PORT = "node port"
+
+
+class Frontend(NamedTuple):
+    """One address, protocol and port. The address of a node port is empty: any of the node's."""
+
+    kind: Kind
+    family: int
+    address: Address
+    protocol: int
+    port: int
+    service_port: ServicePort
+    local: bool
+
+    @property
+    def key(self) -> bytes:
+        """The key in the verdict maps: address (unless a node port), protocol, port; each padded
+        to 4 bytes, in network order."""
+        return destination_key(self.address, self.protocol, self.port)
+
+    @property
+    def external(self) -> bool:
+        """Whether clients from outside the cluster are meant to use it."""
+        return self.kind is not Kind.CLUSTER_IP
+
+    def __str__(self) -> str:
+        where = address_text(self.address) if self.address else "node port"
+        if self.family == 6 and self.address:
+            where = f"[{where}]"
+        separator = ":" if self.address else " "
+        return f"{where}{separator}{self.port}/{PROTOCOL_NAMES[self.protocol]}"
+
+
+def destination_key(address: Address, protocol: int, port: int) -> bytes:
+    """A concatenation of address, protocol and port as the kernel holds it."""
+    return address + bytes((protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+
+
+def frontends(service: Service) -> Iterator[Frontend]:
+    """All addresses at which the Service answers, those that win within the Service first.
+
+    A node port answers in every family in which the Service has a cluster IP.
+    """
+    if not service.proxied:
+        return
+    for kind, addresses, local in (
+        (Kind.CLUSTER_IP, service.cluster_ips, service.internal_local),
+        (Kind.LOAD_BALANCER_IP, service.load_balancer_ips, service.external_local),
+        (Kind.EXTERNAL_IP, service.external_ips, service.external_local),
+    ):
+        for address in addresses:
+            family = FAMILY_OF_LENGTH[len(address)]
+            for port in service.ports:
+                yield Frontend(kind, family, address, port.protocol, port.port, port, local)
+    families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
+    for family in FAMILIES:
+        for port in service.ports if family in families else ():
+            if port.node_port:
+                yield Frontend(
+                    Kind.NODE_PORT,
+                    family,
+                    b"",
+                    port.protocol,
+                    port.node_port,
+                    port,
+                    service.external_local,
+                )

@@ -1,0 +1,354 @@
+"""The words that rules are made of: fields, statements, chains, sets.
+
+A rule is written once, in these words, and read three ways: `nft` writes it for people, `netlink`
+encodes it for the kernel, `trace` follows a packet through it. Only what sliceproxy's tables need
+is here; this is no general nftables library (for that see knftables, or nft itself).
+
+Widths are in bytes. Every field of a concatenation occupies whole 4-byte registers; addresses and
+ports stand there in network order, what the kernel makes itself (a slot, a mark) in host order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+ADDRESS_LENGTH = {4: 4, 6: 16}
+FAMILY_NAME = {4: "ip", 6: "ip6"}
+
+
+class DataType(Enum):
+    """nft's data types: number (its TYPE_* constants), length, and name."""
+
+    INTEGER = (4, 4, "integer")
+    IPV4 = (7, 4, "ipv4_addr")
+    IPV6 = (8, 16, "ipv6_addr")
+    PROTOCOL = (12, 1, "inet_proto")
+    PORT = (13, 2, "inet_service")
+
+    @property
+    def number(self) -> int:
+        """The type's number in nft's user data and the kernel's key types."""
+        return self.value[0]
+
+    @property
+    def length(self) -> int:
+        """Bytes without padding."""
+        return self.value[1]
+
+    @property
+    def text(self) -> str:
+        """The name in nft's language."""
+        return self.value[2]
+
+
+ADDRESS_TYPE = {4: DataType.IPV4, 6: DataType.IPV6}
+
+
+class Source(Enum):
+    """Where a field is read from."""
+
+    SADDR = "saddr"
+    DADDR = "daddr"
+    DPORT = "th dport"
+    PROTOCOL = "meta l4proto"
+    ORIGINAL_DADDR = "original daddr"
+    ORIGINAL_DPORT = "ct original proto-dst"
+    RANDOM = "numgen random"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One value a rule reads: of a packet, of its connection, or drawn at random.
+
+    `family` is 4 or 6. A RANDOM field draws from `offset` to `offset + modulus - 1`.
+    """
+
+    source: Source
+    type: DataType
+    family: int
+    modulus: int = 0
+    offset: int = 0
+
+    @property
+    def length(self) -> int:
+        """Bytes without padding."""
+        return self.type.length
+
+    @property
+    def padded(self) -> int:
+        """Bytes in a concatenation."""
+        return -(-self.type.length // 4) * 4
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of one family, ready to be concatenated."""
+
+    family: int
+    saddr: Field
+    daddr: Field
+    protocol: Field
+    dport: Field
+    original_daddr: Field
+    original_dport: Field
+
+    @classmethod
+    def of(cls, family: int) -> Fields:
+        """The fields of IPv4 (4) or IPv6 (6)."""
+        address = ADDRESS_TYPE[family]
+        return cls(
+            family,
+            Field(Source.SADDR, address, family),
+            Field(Source.DADDR, address, family),
+            Field(Source.PROTOCOL, DataType.PROTOCOL, family),
+            Field(Source.DPORT, DataType.PORT, family),
+            Field(Source.ORIGINAL_DADDR, address, family),
+            Field(Source.ORIGINAL_DPORT, DataType.PORT, family),
+        )
+
+    def random(self, modulus: int, offset: int = 0) -> Field:
+        """A slot drawn from `modulus` many, the first of them `offset`."""
+        return Field(Source.RANDOM, DataType.INTEGER, self.family, modulus, offset)
+
+
+Concat = tuple[Field, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Set:
+    """A named set, map or verdict map. Compared by identity: each exists once per family.
+
+    `key` and `data` say with example fields what a key and its data hold; `verdicts` makes the
+    data a chain to go to. An `interval` set holds ranges. `dynamic` sets are filled by rules, up
+    to `size` elements that time out.
+    """
+
+    family: int
+    name: str
+    key: Concat
+    data: Concat = ()
+    verdicts: bool = False
+    interval: bool = False
+    dynamic: bool = False
+    size: int = 0
+    comment: str = ""
+
+    @property
+    def is_map(self) -> bool:
+        """Whether elements have data."""
+        return bool(self.data) or self.verdicts
+
+    @property
+    def key_length(self) -> int:
+        """Bytes of a key as elements hold it. A lone field is not padded."""
+        return _length(self.key)
+
+    @property
+    def data_length(self) -> int:
+        """Bytes of an element's data; 0 for sets and verdict maps."""
+        return _length(self.data)
+
+    @property
+    def typeof(self) -> bool:
+        """Whether the key has a field without a name for its type, so that nft needs `typeof`."""
+        return any(f.type is DataType.INTEGER for f in self.key)
+
+
+def _length(fields: Concat) -> int:
+    return fields[0].length if len(fields) == 1 else sum(f.padded for f in fields)
+
+
+# --- statements ---------------------------------------------------------------------------------
+
+
+class Status(Enum):
+    """Tests on the connection and the route that take no argument."""
+
+    NEW = "ct state new"
+    TRANSLATED = "ct status dnat"
+    FROM_HERE = "fib saddr type local"
+
+
+@dataclass(frozen=True, slots=True)
+class Is:
+    """Goes on if the status holds."""
+
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class IsProtocol:
+    """Goes on if the packet's transport protocol is this one (an IP protocol number)."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class In:
+    """Goes on if the concatenation is in the set, or is not."""
+
+    fields: Concat
+    set: Set
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NotFromInterface:
+    """Goes on if the packet came in elsewhere than at `name`; `prefix` takes name as a prefix."""
+
+    name: str
+    prefix: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FromInterface:
+    """Goes on if the packet came in at `name`; `prefix` takes the name as a prefix."""
+
+    name: str
+    prefix: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unmarked:
+    """Goes on if none of the bits is set in the packet's mark."""
+
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Sets the bits in the packet's mark."""
+
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unmark:
+    """Clears the bits in the packet's mark."""
+
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class GoBy:
+    """Goes to the chain that the verdict map has for the concatenation, if any."""
+
+    fields: Concat
+    map: Set
+
+
+@dataclass(frozen=True, slots=True)
+class Translate:
+    """DNAT to the target that the map has for the concatenation; a miss goes on."""
+
+    fields: Concat
+    map: Set
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Puts key and data into a dynamic map, or renews them, for `seconds`."""
+
+    map: Set
+    key: Concat
+    data: Concat
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """Goes through a chain and comes back."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Goto:
+    """Goes through a chain and does not come back."""
+
+    chain: str
+
+
+class Final(Enum):
+    """Statements that end the packet's way through the chain."""
+
+    DROP = "drop"
+    RETURN = "return"
+    MASQUERADE = "masquerade fully-random"
+    RESET = "reject with tcp reset"
+    REJECT = "reject"
+
+
+Statement = (
+    Is
+    | IsProtocol
+    | In
+    | NotFromInterface
+    | FromInterface
+    | Unmarked
+    | Mark
+    | Unmark
+    | GoBy
+    | Translate
+    | Remember
+    | Jump
+    | Goto
+    | Final
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Statements from left to right; the comment tells people why."""
+
+    statements: tuple[Statement, ...]
+    comment: str = ""
+
+
+def rule(*statements: Statement, comment: str = "") -> Rule:
+    """A rule of these statements."""
+    return Rule(statements, comment)
+
+
+class Hook(Enum):
+    """netfilter's hooks: name and number (enum nf_inet_hooks)."""
+
+    PREROUTING = ("prerouting", 0)
+    INPUT = ("input", 1)
+    FORWARD = ("forward", 2)
+    OUTPUT = ("output", 3)
+    POSTROUTING = ("postrouting", 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Where netfilter calls a chain. `type` is "nat" or "filter"."""
+
+    type: str
+    hook: Hook
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A named list of rules; with `base`, one that netfilter calls."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    base: Base | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything of one family that does not depend on Services: sets, chains and their rules."""
+
+    family: int
+    name: str
+    sets: tuple[Set, ...]
+    chains: tuple[Chain, ...] = field(repr=False)
+
+    @property
+    def rule_count(self) -> int:
+        """How many rules the table has."""
+        return sum(len(chain.rules) for chain in self.chains)

@@ -1,0 +1,220 @@
+"""Tables, elements and changes in nft's language, for people and for `nft -f`.
+
+What is written here loads with nft 1.0.6 and later; the netlink form of the same things lists as
+what this text lists (tests hold both against each other in the kernel).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from collections.abc import Iterator, Mapping
+
+from rules.language import (
+    FAMILY_NAME,
+    Chain,
+    Concat,
+    DataType,
+    Field,
+    Final,
+    FromInterface,
+    GoBy,
+    Goto,
+    In,
+    Is,
+    IsProtocol,
+    Jump,
+    Mark,
+    NotFromInterface,
+    Remember,
+    Rule,
+    Set,
+    Source,
+    Statement,
+    Table,
+    Translate,
+    Unmark,
+    Unmarked,
+)
+from rules.objects import PROTOCOL_NAMES
+
+Key = bytes
+Value = bytes | str | None
+"""An element's data: a target's bytes, the chain a verdict goes to, the inclusive upper end of a
+range, or nothing."""
+
+Element = tuple[Key, Value]
+
+
+def table(described: Table, elements: Mapping[Set, Mapping[Key, Value]]) -> str:
+    """The whole table, its elements sorted."""
+    lines = [f"table {FAMILY_NAME[described.family]} {described.name} {{"]
+    for item in described.sets:
+        lines += _set(item, elements.get(item, {}))
+        lines.append("")
+    for chain in described.chains:
+        lines += _chain(chain)
+        lines.append("")
+    lines[-1] = "}"
+    return "\n".join(lines) + "\n"
+
+
+def _set(described: Set, elements: Mapping[Key, Value]) -> Iterator[str]:
+    yield f"\t{'map' if described.is_map else 'set'} {described.name} {{"
+    yield f"\t\t{set_type(described)}"
+    if described.dynamic:
+        yield f"\t\tsize {described.size}"
+        yield "\t\tflags dynamic,timeout"
+    elif described.interval:
+        yield "\t\tflags interval"
+    if described.comment:
+        yield f'\t\tcomment "{described.comment}"'
+    if elements:
+        texts = [element(described, e) for e in sorted(elements.items(), key=lambda e: e[0])]
+        yield "\t\telements = { " + ",\n\t\t\t     ".join(texts) + " }"
+    yield "\t}"
+
+
+def set_type(described: Set) -> str:
+    """What keys and data hold: `type ...` or `typeof ...`."""
+    if described.typeof:
+        text = f"typeof {concat(described.key)}"
+        return f"{text} : {concat(described.data)}" if described.data else text
+    text = "type " + " . ".join(f.type.text for f in described.key)
+    if described.verdicts:
+        return f"{text} : verdict"
+    if described.data:
+        return f"{text} : " + " . ".join(f.type.text for f in described.data)
+    return text
+
+
+def _chain(described: Chain) -> Iterator[str]:
+    yield f"\tchain {described.name} {{"
+    if described.base:
+        base = described.base
+        yield (
+            f"\t\ttype {base.type} hook {base.hook.value[0]} priority {base.priority};"
+            " policy accept;"
+        )
+    for item in described.rules:
+        yield f"\t\t{rule(item)}"
+    yield "\t}"
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def rule(described: Rule) -> str:
+    """One rule, in one line."""
+    text = " ".join(statement(s) for s in described.statements)
+    return f'{text} comment "{described.comment}"' if described.comment else text
+
+
+def statement(described: Statement) -> str:  # noqa: PLR0912
+    """One statement."""
+    match described:
+        case Is(status) | (Final() as status):
+            return str(status.value)
+        case IsProtocol(number):
+            return f"meta l4proto {PROTOCOL_NAMES[number]}"
+        case In(fields, named, negated):
+            return f"{concat(fields)} {'!= ' if negated else ''}@{named.name}"
+        case FromInterface(name, prefix):
+            return f'iifname "{name}{"*" if prefix else ""}"'
+        case NotFromInterface(name, prefix):
+            return f'iifname != "{name}{"*" if prefix else ""}"'
+        case Unmarked(bits):
+            return f"meta mark & {bits:#010x} == 0"
+        case Mark(bits):
+            return f"meta mark set meta mark | {bits:#010x}"
+        case Unmark(bits):
+            return f"meta mark set meta mark & {bits ^ 0xFFFFFFFF:#010x}"
+        case GoBy(fields, named):
+            return f"{concat(fields)} vmap @{named.name}"
+        case Translate(fields, named):
+            return f"dnat to {concat(fields)} map @{named.name}"
+        case Remember(named, key, data, seconds):
+            return f"update @{named.name} {{ {concat(key)} timeout {seconds}s : {concat(data)} }}"
+        case Jump(chain):
+            return f"jump {chain}"
+        case Goto(chain):
+            return f"goto {chain}"
+
+
+def concat(fields: Concat) -> str:
+    """Fields joined by dots."""
+    return " . ".join(map(field, fields))
+
+
+def field(described: Field) -> str:
+    """How a rule names a field."""
+    family = FAMILY_NAME[described.family]
+    match described.source:
+        case Source.SADDR | Source.DADDR:
+            return f"{family} {described.source.value}"
+        case Source.ORIGINAL_DADDR:
+            return f"ct original {family} daddr"
+        case Source.RANDOM:
+            offset = f" offset {described.offset}" if described.offset else ""
+            return f"numgen random mod {described.modulus}{offset}"
+        case _:
+            return str(described.source.value)
+
+
+# --- elements -----------------------------------------------------------------------------------
+
+
+def element(owner: Set, item: Element) -> str:
+    """One element as it stands between braces."""
+    key, value = item
+    if owner.interval:
+        assert isinstance(value, bytes)
+        return " . ".join(_ranges(owner.key, key, value))
+    text = " . ".join(_values(owner.key, key))
+    if isinstance(value, str):
+        return f"{text} : goto {value}"
+    if value is not None:
+        return f"{text} : " + " . ".join(_values(owner.data, value))
+    return text
+
+
+def _values(fields: Concat, data: bytes) -> Iterator[str]:
+    for part, content in _split(fields, data):
+        yield _value(part.type, content)
+
+
+def _split(fields: Concat, data: bytes) -> Iterator[tuple[Field, bytes]]:
+    position = 0
+    for part in fields:
+        yield part, data[position : position + part.length]
+        position += part.padded
+
+
+def _value(kind: DataType, content: bytes) -> str:
+    match kind:
+        case DataType.IPV4 | DataType.IPV6:
+            return str(ipaddress.ip_address(content))
+        case DataType.PROTOCOL:
+            return PROTOCOL_NAMES.get(content[0], str(content[0]))
+        case DataType.PORT:
+            return str(int.from_bytes(content, "big"))
+        case DataType.INTEGER:
+            return str(int.from_bytes(content, sys.byteorder))
+
+
+def _ranges(fields: Concat, low: bytes, high: bytes) -> Iterator[str]:
+    for (part, first), (_, last) in zip(_split(fields, low), _split(fields, high), strict=True):
+        if first == last:
+            yield _value(part.type, first)
+            continue
+        start, end = ipaddress.ip_address(first), ipaddress.ip_address(last)
+        networks = list(ipaddress.summarize_address_range(start, end))
+        yield str(networks[0]) if len(networks) == 1 else f"{start}-{end}"
+
+
+def command(verb: str, owner: Set, item: Element) -> str:
+    """A change of one element as nft's command, for instance `add element ip ...`."""
+    return (
+        f"{verb} element {FAMILY_NAME[owner.family]} sliceproxy {owner.name}"
+        f" {{ {element(owner, item)} }}"
+    )

@@ -1,0 +1,185 @@
+"""What one Service wants in the kernel.
+
+A Service is programmed from nothing but itself, its slices and where this node stands, so a change
+costs what the Service is large and nothing of what the cluster is. The result has two parts:
+`Wanted`, one per frontend, whose elements all belong to that frontend's key; and `shared`
+elements, which several Services may want and which therefore are counted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from rules.frontends import Frontend, Kind, frontends
+from rules.language import Set
+from rules.nft import Key, Value
+from rules.objects import Address, Endpoint, EndpointSlice, Service
+from rules.selection import Place, Selection, Target, candidates, cluster_list, local_list
+from rules.tables import CLUSTER, MASQUERADE, PLAIN, SETS, remember
+
+Owned = tuple[Set, Key, Value]
+"""An element with the set it belongs to."""
+
+
+class Surroundings(NamedTuple):
+    """What a Service's program depends on besides the Service: the node and the options.
+
+    `tells_pods` holds the families in which pods of this node can be told from others.
+    """
+
+    place: Place
+    node_addresses: tuple[Address, ...] = ()
+    masquerade_all: bool = False
+    tells_pods: frozenset[int] = frozenset()
+
+
+class Claim(NamedTuple):
+    """The key in a verdict map by which a frontend is known. Its Set compares by identity."""
+
+    verdicts: Set
+    key: Key
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What one frontend wants.
+
+    `endpoints` get slots under the claim's key, `inside` likewise from INSIDE_OFFSET on, if it is
+    not None. `style` and `sticky` pick the chain together with the width, which is found when the
+    slots are. `elements` are all others.
+    """
+
+    frontend: Frontend
+    style: str
+    sticky: bool
+    endpoints: tuple[Target, ...]
+    inside: tuple[Target, ...] | None
+    elements: frozenset[Owned]
+
+
+class Program(msgspec.Struct, frozen=True):
+    """What one Service wants. `affinity` holds (family, seconds) of its session affinity."""
+
+    wanted: dict[Claim, Wanted]
+    shared: frozenset[Owned]
+    affinity: frozenset[tuple[int, int]]
+
+
+NOTHING = Program({}, frozenset(), frozenset())
+
+
+class PortLists(NamedTuple):
+    """The endpoints of one Service port in one family, and what this node uses of them."""
+
+    found: dict[Target, Endpoint]
+    cluster: Selection
+    local: Selection
+
+
+def port_lists(frontend: Frontend, slices: Iterable[EndpointSlice], place: Place) -> PortLists:
+    """Both lists of the Service port that the frontend belongs to."""
+    port = frontend.service_port
+    found = candidates(slices, frontend.family, port.name, port.protocol)
+    return PortLists(found, cluster_list(found, place), local_list(found, place))
+
+
+def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundings) -> Program:
+    """What the Service wants, given its slices in a stable order."""
+    slices = tuple(slices)
+    lists: dict[tuple[int, str, int], PortLists] = {}
+    wanted: dict[Claim, Wanted] = {}
+    shared: set[Owned] = set()
+    affinity: set[tuple[int, int]] = set()
+    for frontend in frontends(service):
+        claim = claim_of(frontend)
+        if claim in wanted:
+            continue
+        port = frontend.service_port
+        lists_key = (frontend.family, port.name, port.protocol)
+        if lists_key not in lists:
+            lists[lists_key] = port_lists(frontend, slices, around.place)
+        wanted[claim] = _wanted(service, frontend, lists[lists_key], around)
+        if service.affinity_seconds:
+            affinity.add((frontend.family, service.affinity_seconds))
+        if frontend.kind is Kind.CLUSTER_IP:
+            shared.add((SETS[frontend.family].cluster_ips, frontend.address, None))
+    for (family, _, _), of_port in lists.items():
+        shared.update(_hairpins(family, of_port, around.place.node))
+    return Program(wanted, frozenset(shared), frozenset(affinity))
+
+
+def claim_of(frontend: Frontend) -> Claim:
+    """The claim by which a frontend is known."""
+    sets = SETS[frontend.family]
+    verdicts = sets.service_ips if frontend.address else sets.service_nodeports
+    return Claim(verdicts, frontend.key)
+
+
+def _hairpins(family: int, lists: PortLists, node: str) -> Iterator[Owned]:
+    """(address, address) of each used endpoint on this node, so that it can reach itself."""
+    hairpins = SETS[family].hairpins
+    for target in {*lists.cluster.targets, *lists.local.targets}:
+        if lists.found[target].node == node:
+            address = target[:-4]
+            yield hairpins, address + address, None
+
+
+def _wanted(service: Service, frontend: Frontend, lists: PortLists, around: Surroundings) -> Wanted:
+    selection = lists.local if frontend.local else lists.cluster
+    elements = [*_answer(frontend, lists), *_guard(service, frontend, around)]
+    if service.affinity_seconds:
+        elements.append(_remembered(service, frontend))
+    return Wanted(
+        frontend,
+        _style(frontend, around),
+        bool(service.affinity_seconds),
+        selection.targets,
+        lists.cluster.targets if frontend.external and frontend.local else None,
+        frozenset(elements),
+    )
+
+
+def _style(frontend: Frontend, around: Surroundings) -> str:
+    if frontend.external:
+        return PLAIN if frontend.local else MASQUERADE
+    if around.masquerade_all:
+        return MASQUERADE
+    return CLUSTER if frontend.family in around.tells_pods else PLAIN
+
+
+def _answer(frontend: Frontend, lists: PortLists) -> Iterator[Owned]:
+    """The answer where a list is empty: reject if there is no endpoint anywhere, else drop."""
+    sets = SETS[frontend.family]
+    if not lists.cluster.targets:
+        yield (sets.reject_ips if frontend.address else sets.reject_nodeports), frontend.key, None
+    elif frontend.local and not lists.local.targets:
+        yield (sets.drop_ips if frontend.address else sets.drop_nodeports), frontend.key, None
+
+
+def _guard(service: Service, frontend: Frontend, around: Surroundings) -> Iterator[Owned]:
+    """loadBalancerSourceRanges, which guard load balancer IPs only.
+
+    If the node itself may come in, packets that it sends from the load balancer's own address may
+    too: some load balancers deliver with their address as an address of the node.
+    """
+    if not service.source_ranges or frontend.kind is not Kind.LOAD_BALANCER_IP:
+        return
+    sets, length = SETS[frontend.family], len(frontend.address)
+    ranges = [n for n in service.source_ranges if len(n.network_address.packed) == length]
+    own = [a for a in around.node_addresses if len(a) == length]
+    if any(ipaddress.ip_address(a) in n for a in own for n in ranges):
+        balancers = (ipaddress.ip_address(a) for a in service.load_balancer_ips if len(a) == length)
+        ranges += [ipaddress.ip_network(b) for b in balancers if not any(b in n for n in ranges)]
+    yield sets.guarded, frontend.key, None
+    for network in ranges:
+        low, high = network.network_address.packed, network.broadcast_address.packed
+        yield sets.source_ranges, frontend.key + low, frontend.key + high
+
+
+def _remembered(service: Service, frontend: Frontend) -> Owned:
+    sets = SETS[frontend.family]
+    owner = sets.sticky_ips if frontend.address else sets.sticky_nodeports
+    return owner, frontend.key, remember(service.affinity_seconds)

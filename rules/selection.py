@@ -1,0 +1,130 @@
+"""Which endpoints this node uses, and why.
+
+The rules are kube-proxy's (KEP-1669 terminating endpoints, KEP-2433 topology hints, KEP-3015 same
+node and zone; `semantics.md` has them on a page):
+
+- the *cluster list*: the ready endpoints, narrowed to those hinted for this node if every ready
+  one carries node hints and one names this node, else likewise for this zone; if there is no ready
+  one, those that are serving while they terminate;
+- the *local list*: the ready endpoints on this node, else the local ones that are serving while
+  they terminate. Hints do not apply.
+
+A selection is a `Basis` and the endpoints that meet it. The reason for a single endpoint's fate is
+derived from the basis on demand: nobody pays for reasons while packets wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from rules.objects import READY, SERVING, TERMINATING, Endpoint, EndpointSlice
+
+Target = bytes
+"""Where a connection is sent: packed address, then the port in network order, padded to 4 bytes.
+It is the data of an element of the endpoint maps, 8 bytes for IPv4 and 20 for IPv6."""
+
+
+class Place(NamedTuple):
+    """Where this node stands: its name and its zone, "" if it has none."""
+
+    node: str
+    zone: str
+
+
+class Basis(Enum):
+    """What the used endpoints have in common."""
+
+    READY = "ready"
+    NODE_HINTS = "ready and hinted for this node"
+    ZONE_HINTS = "ready and hinted for this zone"
+    TERMINATING = "serving while terminating, as none is ready"
+    LOCAL_READY = "ready and on this node"
+    LOCAL_TERMINATING = "serving while terminating on this node, as none here is ready"
+    NONE = "no usable endpoint"
+
+
+class Selection(NamedTuple):
+    """The used endpoints, in the order in which the slices hold them, and what they meet."""
+
+    basis: Basis
+    targets: tuple[Target, ...]
+
+
+def candidates(
+    slices: Iterable[EndpointSlice], family: int, port_name: str, protocol: int
+) -> dict[Target, Endpoint]:
+    """The endpoints of one Service port in one family, from all its slices, each once.
+
+    A slice's port matches by name and protocol. While the controller moves an endpoint between
+    slices it may stand in two of them: then the copy in the better condition counts.
+    """
+    found: dict[Target, Endpoint] = {}
+    for piece in slices:
+        if piece.family != family:
+            continue
+        for name, number, port in piece.ports:
+            if name == port_name and number == protocol:
+                tail = port.to_bytes(2, "big") + b"\0\0"
+                for endpoint in piece.endpoints:
+                    target = endpoint.address + tail
+                    if target not in found or _rank(endpoint) > _rank(found[target]):
+                        found[target] = endpoint
+    return found
+
+
+def _rank(endpoint: Endpoint) -> int:
+    if endpoint.conditions & READY:
+        return 2
+    return int(_leaving(endpoint))
+
+
+def _leaving(endpoint: Endpoint) -> bool:
+    return endpoint.conditions & (SERVING | TERMINATING) == SERVING | TERMINATING
+
+
+def cluster_list(found: Mapping[Target, Endpoint], place: Place) -> Selection:
+    """What this node uses under traffic policy Cluster."""
+    ready = [(t, e) for t, e in found.items() if e.conditions & READY]
+    if not ready:
+        leaving = tuple(t for t, e in found.items() if _leaving(e))
+        return Selection(Basis.TERMINATING if leaving else Basis.NONE, leaving)
+    if all(e.node_hints for _, e in ready):
+        hinted = tuple(t for t, e in ready if place.node in e.node_hints)
+        if hinted:
+            return Selection(Basis.NODE_HINTS, hinted)
+    if all(e.zone_hints for _, e in ready):
+        hinted = tuple(t for t, e in ready if place.zone in e.zone_hints)
+        if hinted:
+            return Selection(Basis.ZONE_HINTS, hinted)
+    return Selection(Basis.READY, tuple(t for t, _ in ready))
+
+
+def local_list(found: Mapping[Target, Endpoint], place: Place) -> Selection:
+    """What this node uses under traffic policy Local."""
+    here = [(t, e) for t, e in found.items() if e.node == place.node]
+    ready = tuple(t for t, e in here if e.conditions & READY)
+    if ready:
+        return Selection(Basis.LOCAL_READY, ready)
+    leaving = tuple(t for t, e in here if _leaving(e))
+    return Selection(Basis.LOCAL_TERMINATING if leaving else Basis.NONE, leaving)
+
+
+def reason(endpoint: Endpoint, target: Target, selection: Selection, place: Place) -> str:
+    """Why this endpoint is used under this selection, or why not: a clause for people."""
+    if target in selection.targets:
+        return selection.basis.value
+    ready = endpoint.conditions & READY
+    local = selection.basis in (Basis.LOCAL_READY, Basis.LOCAL_TERMINATING)
+    if local and endpoint.node != place.node:
+        return f"on {endpoint.node or 'an unknown node'}, and the policy is Local"
+    if selection.basis is Basis.NODE_HINTS and ready:
+        return f"hinted for {', '.join(endpoint.node_hints)}"
+    if selection.basis is Basis.ZONE_HINTS and ready:
+        return f"hinted for {', '.join(endpoint.zone_hints)}"
+    if selection.basis is Basis.NONE and endpoint.node != place.node and _rank(endpoint):
+        return f"on {endpoint.node or 'an unknown node'}, and the policy is Local"
+    if _leaving(endpoint):
+        return "terminating, and others are ready"
+    return "not ready" if not endpoint.conditions & TERMINATING else "terminating, not serving"

@@ -1,0 +1,91 @@
+"""Stable dense slots, and how wide a draw over them is.
+
+The N endpoints of an address stand in slots 0 to N-1 of a map, and a rule draws a slot at random.
+A verdict names the chain that draws, and a changed verdict makes the kernel validate the whole
+table (walking every verdict of every map), so the chain must not change with every endpoint. It
+draws from a *width* instead, the first of a fixed ladder that is wide enough:
+
+- an endpoint that comes takes a free slot or the next one; when one goes, the last slot's endpoint
+  moves into the hole. The others stay, and so do connections' chances of being spread evenly;
+- a Service changes its width only when it outgrows it, or when it has shrunk below FEWEST of it.
+  A rolling update that swings by a quarter in both directions crosses no rung: the smallest
+  filling after growth is just over 1/2 (the ladder at most doubles), and 3/4 of that is 3/8;
+- a draw that hits an empty slot misses, and the next rule draws again; after DRAWS misses one last
+  draw is made over the first FEWEST slots, which are always filled.
+
+How even that is: with filling f = N / width, a share (1 - f)^DRAWS of all connections comes from
+the last draw, so a slot beyond FEWEST gets that share less than 1/N: at most 3.1 % less for a
+width just grown into (f > 1/2), 0.1 % at f = 3/4, nothing where N equals the width or FEWEST.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rules.selection import Target
+
+LADDER = (
+    *(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    *(512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+)
+"""The widths. Fine where Services live, since a fuller width misses less; doubling beyond."""
+
+DRAWS = 5
+MAX_ENDPOINTS = LADDER[-1]
+
+
+def fewest(width: int) -> int:
+    """The smallest number of endpoints for which a Service keeps this width: 3/8 of it."""
+    return -(-3 * width // 8)
+
+
+def fitting(count: int, current: int = 0) -> int:
+    """The width for `count` endpoints, `current` if that is still right.
+
+    A Service without endpoints keeps what it has: all its draws miss, and the rules for empty
+    Services answer.
+    """
+    if current and (not count or fewest(current) <= count <= current):
+        return current
+    return next(width for width in LADDER if width >= count)
+
+
+Slots = tuple[Target, ...]
+"""The endpoint in each slot, from slot 0, without holes."""
+
+
+def assign(before: Slots, wanted: Sequence[Target]) -> Slots:
+    """The slots for `wanted`, each endpoint where it was if that is possible.
+
+    `wanted` holds no target twice; those beyond MAX_ENDPOINTS get no slot. Returns `before` itself
+    if nothing changes, so that callers can tell by identity. At most one slot per endpoint that
+    came or went changes, and one more per endpoint that must move into a hole.
+    """
+    wanted = wanted[:MAX_ENDPOINTS]
+    if not before:
+        return tuple(wanted)
+    standing = set(before)
+    staying = standing.intersection(wanted)
+    coming = [target for target in wanted if target not in standing]
+    if not coming and len(staying) == len(before):
+        return before
+    coming.reverse()
+    slots: list[Target | None] = [
+        target if target in staying else coming.pop() if coming else None for target in before
+    ]
+    slots.extend(reversed(coming))
+    return _dense(slots)
+
+
+def _dense(slots: list[Target | None]) -> Slots:
+    """Fills each hole with the last endpoint behind it."""
+    filled = slots
+    for hole in range(len(filled)):
+        if hole >= len(filled):
+            break
+        if filled[hole] is None:
+            while filled and filled[-1] is None:
+                filled.pop()
+            if hole < len(filled):
+                filled[hole] = filled.pop()
+    return tuple(target for target in filled if target is not None)

@@ -1,0 +1,399 @@
+r"""The fixed part of the ruleset: one table per family, whose rules do not depend on Services.
+
+A packet's way through it (`ip sliceproxy`, and the same for `ip6`):
+
+    prerouting, nat -100            output, nat -100
+      source ranges: drop             source ranges: drop
+      from a pod of this node:        inside
+        inside                        services
+      services
+           |
+    inside     external addresses under traffic policy Local, asked from inside this node: all
+           |   endpoints, not only the local ones            (inside-ips, inside-nodeports)
+    services   everything else                               (service-ips, service-nodeports)
+           |   the verdict names a chain:
+           |
+    [sticky-][masq-|cluster-][inside-][nodeport-]lb-WIDTH
+       |        |               |        |        draws a slot below WIDTH and sends the packet to
+       |        |               |        |        the endpoint in it; on a miss draws again
+       |        |               |        the address is not part of the key
+       |        |               slots from INSIDE_OFFSET on; masquerades what the node itself sends
+       |        masq: marks for masquerading; cluster: unless the client is a pod of this node
+       first looks whether this client has been here before   (affinity)
+
+    input, forward, output, filter 0: new connections that found no endpoint
+      no endpoints: reject or drop    (reject-ips, drop-ips, reject-nodeports, drop-nodeports)
+      forward and output: a cluster IP at an unknown port: reject (cluster-ips);
+                          a cluster IP that nobody has: drop      (service-cidrs)
+
+    postrouting, nat 100: a pod that reached itself (hairpins), and what is marked: masquerade
+    postrouting and input, nat 99: which endpoint a sticky client got   (sticky-*, affinity)
+
+Why it is like this:
+
+- nat chains see only the first packet of a connection, so everything a Service needs, down to
+  remembering clients, is done there and in `ct state new` rules; a packet of an established
+  connection meets three rules that do not match.
+- A verdict names everything that will happen to a packet, so a person reads it in one element.
+- The rules for session affinity exist only while a Service asks for it: nft 1.0.6 aborts on
+  *loading* the text of the IPv6 map (60 bytes of key and data), though it lists it.
+- Clients are remembered in nat chains at 99, just before masquerading, not behind DNAT in filter
+  chains: no cost for established connections, and only connections that were let through count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import msgspec
+
+from rules.language import (
+    Base,
+    Chain,
+    Concat,
+    Fields,
+    Final,
+    FromInterface,
+    GoBy,
+    Goto,
+    Hook,
+    In,
+    Is,
+    IsProtocol,
+    Jump,
+    Mark,
+    NotFromInterface,
+    Remember,
+    Rule,
+    Set,
+    Statement,
+    Status,
+    Table,
+    Translate,
+    Unmark,
+    Unmarked,
+    rule,
+)
+from rules.objects import SCTP, TCP, UDP
+from rules.slots import DRAWS, LADDER, fewest
+
+FAMILIES = (4, 6)
+
+TABLE = "sliceproxy"
+INSIDE_OFFSET = 1 << 16
+"""The first slot of the list that clients inside the node get, behind all slots of the other."""
+
+AFFINITY_SIZE = 65536  # clients remembered per family; the map is full of them at 65,536
+DEFAULT_MARK = 0x4000  # kube-proxy's bit 14
+
+
+class FamilySets:
+    """The sets of one family. A key that starts with the address is called a destination."""
+
+    def __init__(self, family: int) -> None:
+        fields = Fields.of(family)
+        self.family = family
+        self.fields = fields
+        slot = fields.random(INSIDE_OFFSET)
+        destination = (fields.daddr, fields.protocol, fields.dport)
+        port = (fields.protocol, fields.dport)
+        target = (fields.daddr, fields.dport)
+
+        def plain(name: str, key: Concat, comment: str) -> Set:
+            return Set(family, name, key, comment=comment)
+
+        def verdicts(name: str, key: Concat, comment: str) -> Set:
+            return Set(family, name, key, verdicts=True, comment=comment)
+
+        self.service_ips = verdicts("service-ips", destination, "who answers at an address")
+        self.service_nodeports = verdicts("service-nodeports", port, "who answers at a node port")
+        self.inside_ips = verdicts("inside-ips", destination, "the same, asked from inside")
+        self.inside_nodeports = verdicts("inside-nodeports", port, "the same, asked from inside")
+        self.endpoints = Set(family, "endpoints", (*destination, slot), target)
+        self.nodeport_endpoints = Set(family, "nodeport-endpoints", (*port, slot), target)
+        self.reject_ips = plain("reject-ips", destination, "no endpoints anywhere")
+        self.drop_ips = plain("drop-ips", destination, "policy Local, and no endpoints here")
+        self.reject_nodeports = plain("reject-nodeports", port, "no endpoints anywhere")
+        self.drop_nodeports = plain("drop-nodeports", port, "policy Local, and no endpoints here")
+        self.guarded = plain("guarded", destination, "has loadBalancerSourceRanges")
+        self.source_ranges = Set(
+            family, "source-ranges", (*destination, fields.saddr), interval=True
+        )
+        self.cluster_ips = plain("cluster-ips", (fields.daddr,), "every cluster IP")
+        self.nodeport_ips = plain("nodeport-ips", (fields.daddr,), "where node ports answer")
+        self.service_cidrs = Set(family, "service-cidrs", (fields.daddr,), interval=True)
+        self.pod_cidrs = Set(family, "pod-cidrs", (fields.saddr,), interval=True)
+        self.hairpins = plain("hairpins", (fields.saddr, fields.daddr), "endpoints on this node")
+        # only while a Service asks for session affinity:
+        self.affinity = Set(
+            family,
+            "affinity",
+            (fields.saddr, *destination),
+            target,
+            dynamic=True,
+            size=AFFINITY_SIZE,
+        )
+        self.sticky_ips = verdicts("sticky-ips", destination, "whose clients are remembered")
+        self.sticky_nodeports = verdicts("sticky-nodeports", port, "whose clients are remembered")
+
+    @property
+    def always(self) -> tuple[Set, ...]:
+        """The sets that every table has."""
+        return tuple(s for s in vars(self).values() if isinstance(s, Set) and s not in self.sticky)
+
+    @property
+    def sticky(self) -> tuple[Set, ...]:
+        """The sets that a table has while a Service asks for session affinity."""
+        return (self.affinity, self.sticky_ips, self.sticky_nodeports)
+
+
+SETS = {family: FamilySets(family) for family in FAMILIES}
+
+
+class PodInterface(msgspec.Struct, frozen=True):
+    """Pods of this node are told by the interface their packets come in at."""
+
+    name: str
+    prefix: bool
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What the rules of one family depend on; two equal layouts make equal tables.
+
+    `pods` says how a pod of this node is told: by the pod-cidrs set (True), by an interface, or
+    not at all (None). `affinity` holds the timeouts in seconds that Services ask for, ascending.
+    """
+
+    family: int
+    mark: int = DEFAULT_MARK
+    pods: bool | PodInterface | None = None
+    affinity: tuple[int, ...] = ()
+
+
+@cache
+def build(layout: Layout) -> Table:
+    """The table of one family."""
+    sets = SETS[layout.family]
+    used = sets.always + (sets.sticky if layout.affinity else ())
+    chains = (
+        *_base_chains(layout, sets),
+        *_shared_chains(sets),
+        *_affinity_chains(layout, sets),
+        *_balancers(layout, sets),
+    )
+    return Table(layout.family, TABLE, used, chains)
+
+
+def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
+    f = sets.fields
+    destination = (f.daddr, f.protocol, f.dport)
+    guard = rule(
+        In(destination, sets.guarded),
+        In((*destination, f.saddr), sets.source_ranges, negated=True),
+        Final.DROP,
+        comment="outside loadBalancerSourceRanges",
+    )
+    from_pod = _from_pod(layout, sets)
+    yield Chain(
+        "nat-prerouting",
+        (
+            guard,
+            *((rule(from_pod, Jump("inside"), comment="a pod of this node"),) if from_pod else ()),
+            rule(Jump("services")),
+        ),
+        Base("nat", Hook.PREROUTING, -100),
+    )
+    yield Chain(
+        "nat-output",
+        (guard, rule(Jump("inside")), rule(Jump("services"))),
+        Base("nat", Hook.OUTPUT, -100),
+    )
+    new = Is(Status.NEW)
+    unanswered = rule(new, Jump("no-endpoints"))
+    unknown = rule(new, Jump("unknown-cluster-ips"))
+    for hook, rules in (
+        (Hook.INPUT, (unanswered,)),
+        (Hook.FORWARD, (unanswered, unknown)),
+        (Hook.OUTPUT, (unanswered, unknown)),
+    ):
+        yield Chain(f"filter-{hook.value[0]}", rules, Base("filter", hook, 0))
+    yield Chain(
+        "nat-postrouting",
+        (
+            rule(
+                Is(Status.TRANSLATED),
+                In((f.saddr, f.daddr), sets.hairpins),
+                Final.MASQUERADE,
+                comment="a pod that reached itself through a Service",
+            ),
+            rule(Unmarked(layout.mark), Final.RETURN),
+            rule(Unmark(layout.mark)),
+            rule(Final.MASQUERADE),
+        ),
+        Base("nat", Hook.POSTROUTING, 100),
+    )
+
+
+def _from_pod(layout: Layout, sets: FamilySets) -> Statement | None:
+    if isinstance(layout.pods, PodInterface):
+        return FromInterface(layout.pods.name, layout.pods.prefix)
+    return In((sets.fields.saddr,), sets.pod_cidrs) if layout.pods else None
+
+
+def _not_from_pod(layout: Layout, sets: FamilySets) -> Statement | None:
+    if isinstance(layout.pods, PodInterface):
+        return NotFromInterface(layout.pods.name, layout.pods.prefix)
+    return In((sets.fields.saddr,), sets.pod_cidrs, negated=True) if layout.pods else None
+
+
+def _shared_chains(sets: FamilySets) -> Iterator[Chain]:
+    f = sets.fields
+    destination, port = (f.daddr, f.protocol, f.dport), (f.protocol, f.dport)
+    node_port = In((f.daddr,), sets.nodeport_ips)
+    yield Chain(
+        "inside",
+        (
+            rule(GoBy(destination, sets.inside_ips)),
+            rule(node_port, GoBy(port, sets.inside_nodeports)),
+        ),
+    )
+    yield Chain(
+        "services",
+        (
+            rule(GoBy(destination, sets.service_ips)),
+            rule(node_port, GoBy(port, sets.service_nodeports)),
+        ),
+    )
+    yield Chain(
+        "no-endpoints",
+        (
+            rule(Is(Status.TRANSLATED), Final.RETURN),
+            rule(In(destination, sets.reject_ips), Goto("refuse")),
+            rule(In(destination, sets.drop_ips), Final.DROP),
+            rule(node_port, In(port, sets.reject_nodeports), Goto("refuse")),
+            rule(node_port, In(port, sets.drop_nodeports), Final.DROP),
+        ),
+    )
+    yield Chain(
+        "unknown-cluster-ips",
+        (
+            rule(
+                In((f.daddr,), sets.cluster_ips),
+                Goto("refuse"),
+                comment="no Service port has this port",
+            ),
+            rule(
+                In((f.daddr,), sets.service_cidrs),
+                Final.DROP,
+                comment="no Service has this address",
+            ),
+        ),
+    )
+    # RST for TCP in both families: a client's TCP believes an ICMPv6 error only at its second SYN
+    yield Chain("refuse", (rule(IsProtocol(TCP), Final.RESET), rule(Final.REJECT)))
+
+
+def _affinity_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
+    if not layout.affinity:
+        return
+    f = sets.fields
+    # `ct original proto-dst` has a type only where the protocol is known: a rule for each
+    dispatch = tuple(
+        rule(Is(Status.TRANSLATED), IsProtocol(protocol), GoBy(key, sticky))
+        for protocol in (TCP, UDP, SCTP)
+        for key, sticky in (
+            ((f.original_daddr, f.protocol, f.original_dport), sets.sticky_ips),
+            ((f.protocol, f.original_dport), sets.sticky_nodeports),
+        )
+    )
+    yield Chain("remember-forwarded", dispatch, Base("nat", Hook.POSTROUTING, 99))
+    yield Chain("remember-delivered", dispatch, Base("nat", Hook.INPUT, 99))
+    for seconds in layout.affinity:
+        yield Chain(
+            remember(seconds),
+            tuple(
+                rule(
+                    IsProtocol(protocol),
+                    Remember(
+                        sets.affinity,
+                        (f.saddr, f.original_daddr, f.protocol, f.original_dport),
+                        (f.daddr, f.dport),
+                        seconds,
+                    ),
+                )
+                for protocol in (TCP, UDP, SCTP)
+            ),
+        )
+
+
+def remember(seconds: int) -> str:
+    """The chain that remembers a client for so long."""
+    return f"remember-{seconds}"
+
+
+# --- the chains that choose an endpoint ---------------------------------------------------------
+
+PLAIN, MASQUERADE, CLUSTER = "", "masq-", "cluster-"
+INSIDE, NODEPORT, STICKY = "inside-", "nodeport-", "sticky-"
+
+
+def balancer(width: int, *, style: str = PLAIN, node_port: bool, inside: bool, sticky: bool) -> str:
+    """The name of the chain that treats a packet so. `style` is PLAIN, MASQUERADE or CLUSTER."""
+    where = (INSIDE if inside else "") + (NODEPORT if node_port else "")
+    return f"{STICKY if sticky else ''}{style}{where}lb-{width}"
+
+
+def width_of(chain: str) -> int:
+    """The width in the name of a balancer. Raises ValueError for any other name."""
+    return int(chain.rpartition("lb-")[2])
+
+
+def _balancers(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
+    for width in LADDER:
+        for node_port in (False, True):
+            for inside in (False, True):
+                yield from _balancer_family(layout, sets, width, node_port, inside)
+
+
+def _balancer_family(
+    layout: Layout, sets: FamilySets, width: int, node_port: bool, inside: bool
+) -> Iterator[Chain]:
+    """One drawing chain, and those that lead to it."""
+    f = sets.fields
+    drawing = balancer(width, node_port=node_port, inside=inside, sticky=False)
+    yield Chain(drawing, tuple(_draws(layout, sets, width, node_port, inside)))
+
+    before: dict[str, tuple[Rule, ...]] = {PLAIN: ()}
+    if not inside:
+        before[MASQUERADE] = (rule(Mark(layout.mark)),)
+        off_cluster = _not_from_pod(layout, sets)
+        if off_cluster and not node_port:
+            before[CLUSTER] = (rule(off_cluster, Mark(layout.mark)),)
+    for style, rules in before.items():
+        if style:
+            name = balancer(width, style=style, node_port=node_port, inside=inside, sticky=False)
+            yield Chain(name, (*rules, rule(Goto(drawing))))
+        if layout.affinity:
+            name = balancer(width, style=style, node_port=node_port, inside=inside, sticky=True)
+            again = rule(Translate((f.saddr, f.daddr, f.protocol, f.dport), sets.affinity))
+            marks = _marks_own(layout) if inside else rules
+            yield Chain(name, (*marks, again, rule(Goto(drawing))))
+
+
+def _marks_own(layout: Layout) -> tuple[Rule, ...]:
+    return (rule(Is(Status.FROM_HERE), Mark(layout.mark), comment="sent by the node itself"),)
+
+
+def _draws(
+    layout: Layout, sets: FamilySets, width: int, node_port: bool, inside: bool
+) -> Iterator[Rule]:
+    f = sets.fields
+    key: Concat = (f.protocol, f.dport) if node_port else (f.daddr, f.protocol, f.dport)
+    endpoints = sets.nodeport_endpoints if node_port else sets.endpoints
+    offset = INSIDE_OFFSET if inside else 0
+    if inside:
+        yield from _marks_own(layout)
+    for _ in range(DRAWS if fewest(width) < width else 0):
+        yield rule(Translate((*key, f.random(width, offset)), endpoints))
+    yield rule(Translate((*key, f.random(fewest(width), offset)), endpoints))

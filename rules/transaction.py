@@ -1,0 +1,153 @@
+"""A transaction: what changes in the tables themselves, and what changes in their elements.
+
+The tables change at a start, when the agent is another version or has other options, and when the
+first Service asks for session affinity or the last one stops. A chain whose rules differ is
+emptied and filled again. A set or a base chain cannot be changed: then the whole table is made
+anew, in the same transaction, so that packets see the old one or the new one.
+
+The order inside a transaction is fixed by what refers to what: sets and chains come first, rules
+go before what they use is deleted, verdicts before the chains they name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from rules import nft
+from rules.diff import Change
+from rules.language import FAMILY_NAME, Chain, Set, Table
+from rules.netlink import Batch
+from rules.tables import TABLE
+
+
+class Known(NamedTuple):
+    """What a table is known to hold: the description by name, or None for something else."""
+
+    sets: Mapping[str, Set | None]
+    chains: Mapping[str, Chain | None]
+
+    @classmethod
+    def of(cls, table: Table) -> Known:
+        """A table that is just as described."""
+        return cls({s.name: s for s in table.sets}, {c.name: c for c in table.chains})
+
+
+class TableChange(NamedTuple):
+    """What changes in one table besides its elements."""
+
+    family: int
+    delete: bool = False
+    create: bool = False
+    new_sets: tuple[Set, ...] = ()
+    new_chains: tuple[Chain, ...] = ()
+    rewritten: tuple[Chain, ...] = ()
+    old_chains: tuple[str, ...] = ()
+    old_sets: tuple[str, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing changes."""
+        return self == TableChange(self.family)
+
+
+def table_change(want: Table, have: Known | None) -> TableChange:
+    """What leads from `have` (None: no table) to `want`."""
+    if have is None:
+        return _creation(want)
+    # an old set that is not as wanted, or a chain with another hook, stands in the way
+    for wanted in want.sets:
+        if wanted.name in have.sets and have.sets[wanted.name] is not wanted:
+            return _creation(want)._replace(delete=True)
+    for chain in want.chains:
+        old = have.chains.get(chain.name, chain)
+        if chain.base and (old is None or old.base != chain.base):
+            return _creation(want)._replace(delete=True)
+    set_names, chain_names = {s.name for s in want.sets}, {c.name for c in want.chains}
+    return TableChange(
+        want.family,
+        new_sets=tuple(s for s in want.sets if s.name not in have.sets),
+        new_chains=tuple(c for c in want.chains if c.name not in have.chains),
+        rewritten=tuple(
+            c for c in want.chains if c.name in have.chains and have.chains[c.name] != c
+        ),
+        old_chains=tuple(name for name in have.chains if name not in chain_names),
+        old_sets=tuple(name for name in have.sets if name not in set_names),
+    )
+
+
+def _creation(want: Table) -> TableChange:
+    return TableChange(want.family, create=True, new_sets=want.sets, new_chains=want.chains)
+
+
+class Transaction(NamedTuple):
+    """Everything that is applied at once."""
+
+    tables: tuple[TableChange, ...]
+    change: Change
+
+    def __bool__(self) -> bool:
+        return bool(self.change) or any(not t.empty for t in self.tables)
+
+
+def encode(transaction: Transaction, table_flags: int = 0) -> Batch:  # noqa: PLR0912
+    """The transaction for the kernel; new tables get `table_flags`."""
+    batch = Batch()
+    for t in transaction.tables:
+        if t.delete:
+            batch.delete_table(t.family, TABLE)
+        if t.create:
+            batch.new_table(t.family, TABLE, table_flags)
+        for new in t.new_sets:
+            batch.new_set(TABLE, new)
+        for chain in t.new_chains:
+            batch.new_chain(t.family, TABLE, chain)
+        for name in (*(c.name for c in t.rewritten), *t.old_chains):
+            batch.delete_rules(t.family, TABLE, name)
+    for owner, elements in transaction.change.removed.items():
+        batch.delete_elements(TABLE, owner, elements)
+    for t in transaction.tables:
+        for chain in (*t.new_chains, *t.rewritten):
+            batch.new_rules(t.family, TABLE, chain)
+    for owner, elements in transaction.change.added.items():
+        batch.add_elements(TABLE, owner, elements)
+    for t in transaction.tables:
+        for name in t.old_chains:
+            batch.delete_chain(t.family, TABLE, name)
+        for name in t.old_sets:
+            batch.delete_set(t.family, TABLE, name)
+    return batch
+
+
+def commands(transaction: Transaction) -> Iterator[str]:  # noqa: PLR0912
+    """The transaction for people: nft's commands, in order. Rules of tables and chains that are
+    new as a whole are left out; `sliceproxy render` has them."""
+    for t in transaction.tables:
+        name = f"{FAMILY_NAME[t.family]} {TABLE}"
+        if t.delete:
+            yield f"delete table {name}"
+        if t.create:
+            yield f"add table {name}"
+            continue
+        for new in t.new_sets:
+            kind = "map" if new.is_map else "set"
+            yield f"add {kind} {name} {new.name} {{ {nft.set_type(new)}; }}"
+        for chain in t.new_chains:
+            yield f"add chain {name} {chain.name}"
+    for verb, side in (
+        ("delete", transaction.change.removed),
+        ("add", transaction.change.added),
+    ):
+        for owner, elements in side.items():
+            for element in elements:
+                yield nft.command(verb, owner, element)
+    for t in transaction.tables:
+        name = f"{FAMILY_NAME[t.family]} {TABLE}"
+        for chain in t.rewritten:
+            yield f"flush chain {name} {chain.name}"
+            for rule in chain.rules:
+                yield f"add rule {name} {chain.name} {nft.rule(rule)}"
+        for old in t.old_chains:
+            yield f"delete chain {name} {old}"
+        for old in t.old_sets:
+            yield f"delete set {name} {old}"
