@@ -18,12 +18,12 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple
 
 from rules import netlink
-from rules.diff import Elements, Forgotten
+from rules.diff import Elements
 from rules.language import Chain, Set, Table
 from rules.netlink import (
     FAMILY_OF_NUMBER,
@@ -364,29 +364,16 @@ class Kernel:
 
     # session affinity
 
-    def forget(self, forgotten: Iterable[Forgotten]) -> int:
-        """Deletes what the affinity maps remember of clients of endpoints that went.
+    def forget(self, family: int, current: Callable[[Key, Value], bool]) -> int:
+        """Deletes what the affinity map holds beyond what is `current`; returns how many.
 
-        Costs what the maps hold. Returns how many were deleted.
+        Costs what the map holds.
         """
-        by_family: dict[int, list[Forgotten]] = {}
-        for item in forgotten:
-            by_family.setdefault(item.family, []).append(item)
-        count = 0
-        for family, items in by_family.items():
-            affinity = SETS[family].affinity
-            address = affinity.key[0].padded
-            stale = [
-                (key, value)
-                for key, value in self.elements(affinity).items()
-                for item in items
-                if key.endswith(item.destination, address)
-                and (item.targets is None or value in item.targets)
-            ]
-            if stale:
-                self._delete_if_there(affinity, stale)
-            count += len(stale)
-        return count
+        affinity = SETS[family].affinity
+        stale = [e for e in self.elements(affinity).items() if not current(*e)]
+        if stale:
+            self._delete_if_there(affinity, stale)
+        return len(stale)
 
     def _delete_if_there(self, owner: Set, elements: list[Element]) -> None:
         """Deletes elements that may expire meanwhile: all at once, else one by one."""

@@ -28,12 +28,16 @@ from rules.tables import INSIDE_OFFSET, PLAIN, SETS, balancer, width_of
 
 
 class Change:
-    """Elements to delete and elements to add, per set."""
+    """Elements to delete and elements to add, per set.
+
+    `stale_affinity` holds the families in which sticky clients may be remembered for endpoints
+    that went, so that the affinity map must be gone through.
+    """
 
     def __init__(self) -> None:
         self.removed: dict[Set, list[Element]] = {}
         self.added: dict[Set, list[Element]] = {}
-        self.forgotten: list[Forgotten] = []
+        self.stale_affinity: set[int] = set()
 
     def __bool__(self) -> bool:
         return bool(self.removed or self.added)
@@ -50,14 +54,6 @@ class Change:
     def operations(self) -> int:
         """How many elements it deletes and adds."""
         return sum(map(len, self.removed.values())) + sum(map(len, self.added.values()))
-
-
-class Forgotten(NamedTuple):
-    """Sticky clients of an address whose endpoint went; all of them if `targets` is None."""
-
-    family: int
-    destination: Key
-    targets: frozenset[Target] | None
 
 
 class Installed(msgspec.Struct, frozen=True):
@@ -201,14 +197,13 @@ def _forget(
     """Sticky clients must not be sent where a list no longer leads."""
     if before is None or not before.wanted.sticky:
         return
-    family = claim.verdicts.family
-    if after is None or not after.wanted.sticky:
-        change.forgotten.append(Forgotten(family, claim.key, None))
-        return
-    gone = set(before.slots).difference(after.slots)
-    gone |= set(before.inside).difference(after.inside)
-    if gone:
-        change.forgotten.append(Forgotten(family, claim.key, frozenset(gone)))
+    if (
+        after is None
+        or not after.wanted.sticky
+        or not set(after.slots).issuperset(before.slots)
+        or not set(after.inside).issuperset(before.inside)
+    ):
+        change.stale_affinity.add(claim.verdicts.family)
 
 
 # --- everything against everything --------------------------------------------------------------

@@ -1,0 +1,229 @@
+"""Events in, one transaction out.
+
+Sources put lists of events into a queue. The loop takes whatever has come, applies it, and sends
+one transaction; what comes meanwhile waits in the queue and becomes the next one. There is no
+delay: an idle node programs a change at once, a busy one in larger batches.
+
+The loop trusts its memory of what it wrote, until something says that it should not: the kernel
+refuses a transaction as stale, or a `Watcher` saw somebody else change the tables. Then it reads
+everything back, keeps the slots it finds, and writes the difference.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import structlog
+
+from agent.events import Event, Synced
+from agent.kernel import Kernel, KernelError, OwnedByOther, Stale, Watcher
+from agent.state import KernelView, State
+from rules.diff import Change
+from rules.tables import FAMILIES
+from rules.transaction import Transaction
+
+Log = structlog.stdlib.BoundLogger
+
+
+class Stop(NamedTuple):
+    """Ends the loop after what came before it; the tables stay."""
+
+
+class Disturbed(NamedTuple):
+    """Somebody else changed our tables."""
+
+
+class Failed(NamedTuple):
+    """A part of the agent cannot go on; the loop raises its error."""
+
+    error: Exception
+
+
+Message = Sequence[Event] | Stop | Disturbed | Failed
+
+RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+OWNER_POLL_SECONDS = 0.2
+
+
+def views(kernel: Kernel, state: State) -> dict[int, KernelView]:
+    """What the kernel has, read back. A table that lacks the ownership we give tables counts as
+    one whose rules are all others: it has to be made anew."""
+    result = {}
+    for table in state.tables():
+        found = kernel.find(table.family)
+        if found is None:
+            continue
+        known = found.known(table)
+        if not kernel.fits(found):
+            known = known._replace(sets=dict.fromkeys(known.sets))
+        result[table.family] = KernelView(known, kernel.read(found))
+    return result
+
+
+class Loop:
+    """The agent's main loop. `put` may be called from any thread and from signal handlers."""
+
+    def __init__(self, state: State, kernel: Kernel, log: Log) -> None:
+        self.state = state
+        self._kernel = kernel
+        self._log = log
+        self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._synced = False
+        self._doubt = True
+        self._failures = 0
+        self._retry_at: float | None = None
+
+    def put(self, message: Message) -> None:
+        """Hands the loop something to do."""
+        self._queue.put(message)
+
+    def run(self) -> None:
+        """Works until `Stop`. Raises what a `Failed` message carries."""
+        watcher = None
+        if not self._kernel.table_flags:
+            watcher = Watcher(self._kernel.port, lambda: self.put(Disturbed()))
+            watcher.start()
+        try:
+            while self._turn():
+                pass
+        finally:
+            if watcher:
+                watcher.stop()
+
+    def _turn(self) -> bool:
+        """Takes in everything that has come, then programs it. False once told to stop."""
+        going = True
+        for message in self._messages():
+            match message:
+                case Stop():
+                    going = False
+                case Disturbed():
+                    self._doubt = True
+                case Failed(error):
+                    raise error
+                case events:
+                    self._synced = self._synced or any(isinstance(e, Synced) for e in events)
+                    self.state.apply(events)
+        self._report_notices()
+        if going and self._synced and self._due():
+            self._program()
+        return going
+
+    def _messages(self) -> list[Message]:
+        timeout = None if self._retry_at is None else max(0.0, self._retry_at - time.monotonic())
+        try:
+            messages = [self._queue.get(timeout=timeout)]
+        except queue.Empty:
+            return []
+        while True:
+            try:
+                messages.append(self._queue.get_nowait())
+            except queue.Empty:
+                return messages
+
+    def _due(self) -> bool:
+        return self._retry_at is None or time.monotonic() >= self._retry_at
+
+    def _report_notices(self) -> None:
+        for notice in self.state.notices:
+            self._log.warning(notice.event, subject=notice.subject, detail=notice.detail)
+        self.state.notices.clear()
+
+    # programming
+
+    def _program(self) -> None:
+        self._retry_at = None
+        try:
+            if not self._doubt:
+                try:
+                    self._apply(self.state.step(), time.perf_counter())
+                except Stale as error:
+                    self._log.warning("tables are not as they were left", error=str(error))
+                    self._doubt = True
+            if self._doubt:
+                self._resync()
+        except OwnedByOther as error:
+            self._wait_for_owner(error)
+        except KernelError as error:
+            self._doubt = True
+            delay = RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)]
+            self._failures += 1
+            self._retry_at = time.monotonic() + delay
+            self._log.error("programming failed", error=str(error), retry_in_seconds=delay)
+        else:
+            if self._failures:
+                self._log.info("programming works again", failures=self._failures)
+            self._failures = 0
+        self._report_notices()
+
+    def _wait_for_owner(self, error: OwnedByOther) -> None:
+        if not self._failures:
+            self._log.warning("waiting for the tables' owner to go", error=str(error))
+        self._failures += 1
+        self._doubt = True
+        self._retry_at = time.monotonic() + OWNER_POLL_SECONDS
+
+    def _resync(self) -> None:
+        started = time.perf_counter()
+        self._kernel.take_over()
+        transaction = self.state.resync(views(self._kernel, self.state))
+        self._apply(transaction, started, compared=True)
+        self._doubt = False
+        for family in FAMILIES:
+            self._forget(family)
+
+    def _apply(self, transaction: Transaction, started: float, *, compared: bool = False) -> None:
+        size = 0
+        if transaction:
+            sent_at = time.perf_counter()
+            size = self._kernel.apply(transaction)
+            kernel_ms = (time.perf_counter() - sent_at) * 1e3
+        for family in transaction.change.stale_affinity:
+            self._forget(family)
+        if transaction or compared:
+            self._log.info(
+                "programmed" if transaction else "verified",
+                **_summary(transaction, self.state),
+                ms=round((time.perf_counter() - started) * 1e3, 2),
+                **({"kernel_ms": round(kernel_ms, 2), "bytes": size} if transaction else {}),
+            )
+
+    def _forget(self, family: int) -> None:
+        """Sticky clients of endpoints that went are forgotten, right behind the transaction."""
+        if not any(s.dynamic for t in self.state.tables() if t.family == family for s in t.sets):
+            return
+        count = self._kernel.forget(family, self.state.is_current)
+        if count:
+            self._log.info("sticky clients forgotten", family=family, clients=count)
+
+
+def _summary(transaction: Transaction, state: State) -> dict[str, object]:
+    """What a log line says of a transaction."""
+    change = transaction.change
+    summary: dict[str, object] = {
+        "added": sum(map(len, change.added.values())),
+        "removed": sum(map(len, change.removed.values())),
+    }
+    maps = _by_map(change)
+    if maps:
+        summary["elements"] = maps
+    tables = [t for t in transaction.tables if not t.empty]
+    if tables:
+        summary["tables_changed"] = len(tables)
+    summary["services"] = len(state.programs)
+    return summary
+
+
+def _by_map(change: Change) -> str:
+    """For instance `endpoints +1 -1, service-ips +1`, both families together."""
+    counts: dict[str, list[int]] = {}
+    for index, side in enumerate((change.added, change.removed)):
+        for owner, items in side.items():
+            counts.setdefault(owner.name, [0, 0])[index] += len(items)
+    return ", ".join(
+        f"{name}{f' +{added}' if added else ''}{f' -{removed}' if removed else ''}"
+        for name, (added, removed) in sorted(counts.items())
+    )

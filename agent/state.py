@@ -1,0 +1,412 @@
+"""What the agent knows and what it has programmed: the only mutable state.
+
+Events change what is known and mark Services as dirty; `step` programs the dirty ones and returns
+the one transaction that leads there. Nothing is proportional to the cluster on that way, but for
+changes of the node itself (its addresses, its zone), which may concern every Service.
+
+Three things are shared between Services and therefore kept here:
+
+- *claims*: a key of a verdict map that several Services want belongs to the oldest of them;
+- *counts* of elements that several Services want alike (cluster IPs, hairpins);
+- the *layouts*: which session affinity timeouts are in use decides which rules exist.
+
+`step` believes that the kernel has what the last transactions gave it. `resync` does not: it takes
+what was read back, keeps the slots found there, and returns the difference.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from agent.config import DetectLocalMode, Options, in_networks
+from agent.events import Delete, Event, NodeAddresses, Synced, Upsert
+from rules.diff import (
+    Change,
+    Elements,
+    Installed,
+    Lists,
+    advance,
+    between,
+    collected,
+    elements,
+    install,
+    lists_of,
+    restored,
+)
+from rules.frontends import FAMILY_OF_LENGTH
+from rules.language import Set, Table
+from rules.nft import Key, Value
+from rules.objects import (
+    HEADLESS_LABEL,
+    PROXY_NAME_LABEL,
+    Address,
+    EndpointSlice,
+    Name,
+    Network,
+    Node,
+    Object,
+    Service,
+    ServiceCIDR,
+)
+from rules.program import NOTHING, Claim, Owned, Program, Surroundings, Wanted, program
+from rules.selection import Place
+from rules.tables import FAMILIES, SETS, Layout, PodInterface, build
+from rules.transaction import Known, TableChange, Transaction, table_change
+
+
+class Notice(NamedTuple):
+    """Something an operator would act on: a log line's event, its subject, and the rest."""
+
+    event: str
+    subject: str
+    detail: str
+
+
+class KernelView(NamedTuple):
+    """What was read back of one table: what its rules are known to be, and its elements."""
+
+    known: Known
+    elements: Elements
+
+
+class State:
+    """See the module."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.services: dict[Name, Service] = {}
+        self.slices: dict[Name, dict[Name, EndpointSlice]] = {}
+        self.node: Node | None = None
+        self.service_cidrs: dict[str, ServiceCIDR] = {}
+        self.addresses = NodeAddresses(frozenset(), ())
+        self.programs: dict[Name, Program] = {}
+        self.installed: dict[Claim, Installed] = {}
+        self.notices: list[Notice] = []
+        self._slice_owner: dict[Name, Name] = {}
+        self._claimants: dict[Claim, tuple[Name, ...]] = {}
+        self._dirty: set[Name] = set()
+        self._counts: Counter[Owned] = Counter()
+        self._affinity: Counter[tuple[int, int]] = Counter()
+        self._node_elements: frozenset[Owned] = frozenset()
+        self._around = Surroundings(Place(options.node, options.zone))
+        self._tables: dict[int, Table] = {}
+
+    # what is known
+
+    def apply(self, events: Iterable[Event]) -> None:
+        """Takes in events. What is wrong with single values of objects goes to `notices`."""
+        for event in events:
+            match event:
+                case Upsert(new):
+                    self._upsert(new)
+                case Delete(kind, name):
+                    self._delete(kind, name)
+                case NodeAddresses():
+                    self.addresses = event
+                case Synced():
+                    pass
+
+    def _upsert(self, new: Object) -> None:
+        match new:
+            case Service():
+                if self.services.get(new.name) == new:
+                    return
+                self.services[new.name] = new
+                self._dirty.add(new.name)
+            case EndpointSlice():
+                known = self.slices.get(new.service, {}).get(new.name)
+                if known == new:
+                    return
+                self._drop_slice(new.name)
+                self.slices.setdefault(new.service, {})[new.name] = new
+                self._slice_owner[new.name] = new.service
+                self._dirty.add(new.service)
+            case Node():
+                if new.name != self.options.node or new == self.node:
+                    return
+                self.node = new
+            case ServiceCIDR():
+                if self.service_cidrs.get(new.name) == new:
+                    return
+                self.service_cidrs[new.name] = new
+        for problem in new.problems:
+            self.notices.append(Notice("object has a problem", _subject(new), problem))
+
+    def _delete(self, kind: type[Object], name: Name | str) -> None:
+        if kind is Service and isinstance(name, Name):
+            if self.services.pop(name, None):
+                self._dirty.add(name)
+        elif kind is EndpointSlice and isinstance(name, Name):
+            self._drop_slice(name)
+        elif kind is Node:
+            if name == self.options.node:
+                self.node = None
+        elif kind is ServiceCIDR and isinstance(name, str):
+            self.service_cidrs.pop(name, None)
+
+    def _drop_slice(self, name: Name) -> None:
+        owner = self._slice_owner.pop(name, None)
+        if owner is None:
+            return
+        self._dirty.add(owner)
+        siblings = self.slices[owner]
+        del siblings[name]
+        if not siblings:
+            del self.slices[owner]
+
+    def slices_of(self, service: Name) -> list[EndpointSlice]:
+        """The slices of a Service that are ours to proxy, ordered by name."""
+        return [s for _, s in sorted(self.slices.get(service, {}).items()) if self._ours(s)]
+
+    def _ours(self, item: Service | EndpointSlice) -> bool:
+        return (
+            item.labels.get(PROXY_NAME_LABEL, "") == self.options.proxy_name
+            and (PROXY_NAME_LABEL in item.labels) == bool(self.options.proxy_name)
+            and HEADLESS_LABEL not in item.labels
+        )
+
+    # the node
+
+    def surroundings(self) -> Surroundings:
+        """What every Service's program depends on."""
+        zone = self.options.zone or (self.node.zone if self.node else "")
+        tells = frozenset(f for f in FAMILIES if self._pods(f) is not None)
+        return Surroundings(
+            Place(self.options.node, zone),
+            self._primary(),
+            self.options.masquerade_all,
+            tells,
+        )
+
+    def _primary(self) -> tuple[Address, ...]:
+        """The node's primary address per family: as its Node says, else as its routes do."""
+        first: dict[int, Address] = {}
+        declared = self.node.addresses if self.node else ()
+        for address in (*declared, *self.addresses.primary):
+            first.setdefault(len(address), address)
+        return tuple(first.values())
+
+    def _pods(self, family: int) -> bool | PodInterface | None:
+        mode = self.options.detect_local
+        if mode is DetectLocalMode.BRIDGE_INTERFACE:
+            return PodInterface(self.options.interface, prefix=False)
+        if mode is DetectLocalMode.INTERFACE_NAME_PREFIX:
+            return PodInterface(self.options.interface, prefix=True)
+        return True if any(n.version == family for n in self._pod_cidrs()) else None
+
+    def _pod_cidrs(self) -> tuple[Network, ...]:
+        if self.options.detect_local is DetectLocalMode.CLUSTER_CIDR:
+            return self.options.cluster_cidrs
+        if self.options.detect_local is DetectLocalMode.NODE_CIDR and self.node:
+            return self.node.pod_cidrs
+        return ()
+
+    def _node_port_addresses(self) -> tuple[Address, ...]:
+        networks = self.options.node_port_networks
+        if networks is None:
+            return self._primary()
+        own = self.addresses.addresses or frozenset(self._primary())
+        return tuple(a for a in sorted(own) if in_networks(a, networks))
+
+    def _wanted_of_node(self) -> Iterator[Owned]:
+        for address in self._node_port_addresses():
+            yield SETS[FAMILY_OF_LENGTH[len(address)]].nodeport_ips, address, None
+        cidrs = [n for c in self.service_cidrs.values() for n in c.cidrs]
+        for family, sets in SETS.items():
+            yield from _ranges(sets.service_cidrs, (n for n in cidrs if n.version == family))
+            yield from _ranges(
+                sets.pod_cidrs, (n for n in self._pod_cidrs() if n.version == family)
+            )
+
+    # one transaction
+
+    def step(self) -> Transaction:
+        """The transaction that programs everything that has changed since the last one."""
+        change = Change()
+        self._advance_services(change)
+        self._advance_node(change)
+        return Transaction(tuple(self._advance_tables()), change)
+
+    def resync(self, views: Mapping[int, KernelView]) -> Transaction:
+        """The transaction that makes the kernel right, given what it has, per family.
+
+        Slots and widths found in the kernel are kept where they are right.
+        """
+        self._advance_services(Change())
+        self._advance_node(Change())
+        lists: dict[Claim, Lists] = {}
+        for family, view in views.items():
+            lists.update(restored(family, view.elements))
+        shared: dict[tuple[Key, ...], tuple[Key, ...]] = {}  # equal slots, kept once
+        for claim, before in self.installed.items():
+            there = lists.get(claim, Lists())
+            slots, inside = (shared.setdefault(s, s) for s in (there.slots, there.inside))
+            self.installed[claim] = install(
+                before.wanted, there._replace(slots=slots, inside=inside)
+            )
+        changes = []
+        have: dict[Set, Mapping[Key, Value]] = {}
+        for family in FAMILIES:
+            table = build(self._layout(family))
+            found = views.get(family)
+            changed = table_change(table, found.known if found else None)
+            self._tables[family] = table
+            changes.append(changed)
+            if found and not changed.create:
+                have.update(found.elements)
+        return Transaction(tuple(changes), between(have, self.elements()))
+
+    def elements(self) -> dict[Set, dict[Key, Value]]:
+        """Every element that the kernel should have after the last step."""
+        return collected(self._all_elements())
+
+    def _all_elements(self) -> Iterator[Owned]:
+        yield from self._node_elements
+        yield from self._counts
+        for claim, installed in self.installed.items():
+            yield from elements(claim, installed)
+
+    def tables(self) -> list[Table]:
+        """The tables as they are wanted now."""
+        return [build(self._layout(family)) for family in FAMILIES]
+
+    def _layout(self, family: int) -> Layout:
+        seconds = sorted(s for f, s in self._affinity if f == family)
+        return Layout(family, self.options.mark, self._pods(family), tuple(seconds))
+
+    def _advance_tables(self) -> Iterator[TableChange]:
+        for family in FAMILIES:
+            table, before = build(self._layout(family)), self._tables.get(family)
+            if table is not before:
+                yield table_change(table, Known.of(before) if before else None)
+                self._tables[family] = table
+
+    def _advance_node(self, change: Change) -> None:
+        wanted = frozenset(self._wanted_of_node())
+        for owner, key, value in self._node_elements - wanted:
+            change.remove(owner, key, value)
+        for owner, key, value in wanted - self._node_elements:
+            change.add(owner, key, value)
+        self._node_elements = wanted
+
+    def _advance_services(self, change: Change) -> None:
+        around = self.surroundings()
+        if around != self._around:
+            self._around = around
+            self._dirty.update(self.services)
+        touched: set[Claim] = set()
+        counted: dict[Owned, bool] = {}
+        for name in self._dirty:
+            touched |= self._reprogram(name, counted)
+        self._dirty.clear()
+        for claim in touched:
+            self._advance_claim(claim, change)
+        for element, was_there in counted.items():
+            if self._counts[element] <= 0:
+                del self._counts[element]
+            if was_there and element not in self._counts:
+                change.remove(*element)
+            elif not was_there and element in self._counts:
+                change.add(*element)
+
+    def _reprogram(self, name: Name, counted: dict[Owned, bool]) -> set[Claim]:
+        """Computes a Service's program; returns the claims whose outcome may be another now."""
+        service = self.services.get(name)
+        ours = service is not None and self._ours(service)
+        new = program(service, self.slices_of(name), self._around) if service and ours else NOTHING
+        old = self.programs.get(name, NOTHING)
+        for element in new.shared ^ old.shared:
+            counted.setdefault(element, self._counts[element] > 0)
+            self._counts[element] += 1 if element in new.shared else -1
+        for used in new.affinity ^ old.affinity:
+            self._affinity[used] += 1 if used in new.affinity else -1
+            if self._affinity[used] <= 0:
+                del self._affinity[used]
+        if new is NOTHING:
+            self.programs.pop(name, None)
+        else:
+            self.programs[name] = new
+        touched = {
+            claim
+            for claim in {**old.wanted, **new.wanted}
+            if old.wanted.get(claim) != new.wanted.get(claim)
+        }
+        for claim in touched:
+            if (claim in old.wanted) != (claim in new.wanted):
+                self._claim(claim, name, wants=claim in new.wanted)
+        return touched
+
+    def _claim(self, claim: Claim, name: Name, *, wants: bool) -> None:
+        others = tuple(n for n in self._claimants.get(claim, ()) if n != name)
+        claimants = (*others, name) if wants else others
+        if claimants:
+            self._claimants[claim] = claimants
+        else:
+            self._claimants.pop(claim, None)
+
+    def holder(self, claim: Claim) -> Name | None:
+        """The Service that has the claim: the oldest of those that want it."""
+        claimants = self._claimants.get(claim, ())
+        return min(claimants, key=lambda n: self.services[n].age, default=None)
+
+    def _advance_claim(self, claim: Claim, change: Change) -> None:
+        holder = self.holder(claim)
+        before = self.installed.get(claim)
+        if holder is None:
+            after = None
+            self.installed.pop(claim, None)
+        else:
+            wanted = self.programs[holder].wanted[claim]
+            after = self.installed[claim] = install(wanted, lists_of(before))
+            self._note_rivals(claim, holder, wanted)
+        advance(claim, before, after, change)
+
+    def _note_rivals(self, claim: Claim, holder: Name, wanted: Wanted) -> None:
+        for rival in self._claimants[claim]:
+            if rival != holder:
+                self.notices.append(
+                    Notice(
+                        "address is taken",
+                        f"Service {rival}",
+                        f"{wanted.frontend} belongs to Service {holder}, which is older",
+                    )
+                )
+
+    def is_current(self, key: Key, value: Value) -> bool:
+        """Whether what an affinity map remembers still leads where a list leads.
+
+        `key` is client, original destination, protocol, port; `value` the target.
+        """
+        family = FAMILY_OF_LENGTH[len(value) - 4 if isinstance(value, bytes) else 4]
+        sets, length = SETS[family], 4 if family == 4 else 16
+        destination = key[length:]
+        installed = self.installed.get(Claim(sets.service_ips, destination))
+        if installed is None and (sets.nodeport_ips, destination[:length], None) in (
+            self._node_elements
+        ):
+            installed = self.installed.get(Claim(sets.service_nodeports, destination[length:]))
+        return (
+            installed is not None
+            and installed.wanted.sticky
+            and (value in installed.slots or value in installed.inside)
+        )
+
+
+def _subject(item: Object) -> str:
+    return f"{type(item).__name__} {item.name}"
+
+
+def _ranges(owner: Set, networks: Iterable[Network]) -> Iterator[Owned]:
+    """Networks as ranges that neither overlap nor touch, as the kernel's sets want them."""
+    bounds = sorted((int(n.network_address), int(n.broadcast_address)) for n in networks)
+    merged: list[tuple[int, int]] = []
+    for low, high in bounds:
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    length = owner.key_length
+    for low, high in merged:
+        yield owner, low.to_bytes(length, "big"), high.to_bytes(length, "big")

@@ -1,0 +1,81 @@
+"""The data plane without threads: objects in, one transaction into the kernel of a namespace."""
+
+from __future__ import annotations
+
+import time
+
+from agent.config import Options
+from agent.events import Delete, Event, Upsert
+from agent.kernel import Kernel
+from agent.loop import views
+from agent.state import State
+from agent.world import World
+from rules.diff import Elements, between
+from rules.objects import Object
+from rules.tables import FAMILIES
+from rules.transaction import Transaction, table_change
+
+
+class Proxy:
+    """sliceproxy on a host of a World. Use as a context manager."""
+
+    def __init__(
+        self, world: World, host: str = "node", *, own: bool = False, options: Options | None = None
+    ) -> None:
+        self.world = world
+        self.state = State(options or Options(node="node-1"))
+        self.kernel: Kernel = world.run(host, lambda: Kernel(own=own))
+        self.seconds = 0.0
+
+    def __enter__(self) -> Proxy:
+        self.resync()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kernel.close()
+
+    def put(self, *objects: Object) -> Transaction:
+        """Objects that are there, new or changed; returns the transaction that was sent."""
+        return self.apply(*(Upsert(o) for o in objects))
+
+    def delete(self, *objects: Object) -> Transaction:
+        return self.apply(*(Delete(type(o), o.name) for o in objects))
+
+    def apply(self, *events: Event) -> Transaction:
+        self.state.apply(events)
+        return self._send(self.state.step())
+
+    def resync(self) -> Transaction:
+        self.kernel.take_over()
+        return self._send(self.state.resync(views(self.kernel, self.state)))
+
+    def _send(self, transaction: Transaction) -> Transaction:
+        started = time.perf_counter()
+        if transaction:
+            self.kernel.apply(transaction)
+        self.seconds = time.perf_counter() - started
+        for family in transaction.change.stale_affinity:
+            if self.affinity_set(family):
+                self.kernel.forget(family, self.state.is_current)
+        return transaction
+
+    def affinity_set(self, family: int) -> bool:
+        return any(s.dynamic for t in self.state.tables() if t.family == family for s in t.sets)
+
+    def in_kernel(self) -> Elements:
+        """All elements of both tables, read back."""
+        result = {}
+        for family in FAMILIES:
+            found = self.kernel.find(family)
+            assert found is not None
+            result.update(self.kernel.read(found))
+        return result
+
+    def check(self) -> None:
+        """The kernel has the tables and the elements that the state says, and nothing else."""
+        for table in self.state.tables():
+            found = self.kernel.find(table.family)
+            assert found is not None
+            assert table_change(table, found.known(table)).empty
+        difference = between(self.in_kernel(), self.state.elements())
+        assert not difference, (difference.removed, difference.added)
