@@ -72,25 +72,38 @@ def _source_towards(family: int, destination: str) -> Address:
 
 
 class Follower(threading.Thread):
-    """Tells the node's addresses at start and whenever they change."""
+    """Tells the node's addresses at start, then sets `told`, and tells them when they change."""
 
-    def __init__(self, put: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(
+        self, put: Callable[[Sequence[Event]], None], failed: Callable[[Exception], None]
+    ) -> None:
         super().__init__(name="node addresses", daemon=True)
+        self.told = threading.Event()
         self._put = put
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._failed = failed
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._last: NodeAddresses | None = None
 
     def run(self) -> None:
         """Listens until `stop`."""
+        try:
+            self._follow()
+        except Exception as error:
+            self._failed(error)
+        finally:
+            self.told.set()
+            os.close(self._wake)
+
+    def _follow(self) -> None:
         with _listener() as changes, IPRoute() as route:
             self._tell(read(route))
+            self.told.set()
             poll = select.poll()
             poll.register(changes, select.POLLIN)
-            poll.register(self._stop, select.POLLIN)
-            while all(fd != self._stop for fd, _ in poll.poll()):
+            poll.register(self._wake, select.POLLIN)
+            while all(fd != self._wake for fd, _ in poll.poll()):
                 _drain(changes)
                 self._tell(read(route))
-        os.close(self._stop)
 
     def _tell(self, addresses: NodeAddresses) -> None:
         if addresses != self._last:
@@ -99,7 +112,7 @@ class Follower(threading.Thread):
 
     def stop(self) -> None:
         """Ends the thread."""
-        os.eventfd_write(self._stop, 1)
+        os.eventfd_write(self._wake, 1)
         self.join()
 
 

@@ -275,8 +275,10 @@ class Kernel:
             fields = dict(attributes(body))
             if netlink.text(fields[1]) == TABLE:
                 flags = int.from_bytes(fields.get(2, b""), "big")
-                owner = int.from_bytes(fields.get(7, b""), "big") if flags & TABLE_OWNER else None
-                return flags, owner
+                if not flags & OWNED:
+                    return flags, None
+                # an owner that dies takes its flag along: what persists without one is an orphan
+                return flags, int.from_bytes(fields.get(7, b""), "big")
         return None
 
     def elements(self, owner: Set) -> dict[Key, Value]:
@@ -344,7 +346,7 @@ class Kernel:
             if info[1]:
                 raise OwnedByOther(errno.EPERM, f"table {TABLE}")
             batch = Batch()
-            batch.new_table(family, TABLE, info[0])
+            batch.new_table(family, TABLE, OWNED)
             self.send(batch)
 
     def remove(self) -> bool:
@@ -360,7 +362,7 @@ class Kernel:
 
     def fits(self, found: Found) -> bool:
         """Whether a table has the ownership that this connection gives its tables."""
-        return found.flags & OWNED == self.table_flags
+        return bool(found.flags & OWNED) == bool(self.table_flags)
 
     # session affinity
 
@@ -470,7 +472,7 @@ class Watcher(threading.Thread):
     def __init__(self, own_port: int, disturbed: Callable[[], None]) -> None:
         super().__init__(name="nf_tables watcher", daemon=True)
         self._disturbed = disturbed
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._socket = _netlink_socket()
         self._socket.setblocking(False)
         self._ignore(own_port)
@@ -492,12 +494,12 @@ class Watcher(threading.Thread):
         """Listens until `stop`."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        poll.register(self._stop, select.POLLIN)
-        while all(fd != self._stop for fd, _ in poll.poll()):
+        poll.register(self._wake, select.POLLIN)
+        while all(fd != self._wake for fd, _ in poll.poll()):
             if self._receive():
                 self._disturbed()
         self._socket.close()
-        os.close(self._stop)
+        os.close(self._wake)
 
     def _receive(self) -> bool:
         try:
@@ -510,7 +512,7 @@ class Watcher(threading.Thread):
 
     def stop(self) -> None:
         """Ends the thread."""
-        os.eventfd_write(self._stop, 1)
+        os.eventfd_write(self._wake, 1)
         self.join()
 
 

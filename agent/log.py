@@ -7,7 +7,7 @@ import sys
 import structlog
 
 
-def configure(level: str = "info") -> structlog.stdlib.BoundLogger:
+def configure(level: str = "info") -> structlog.typing.FilteringBoundLogger:
     """A logger that writes to standard error."""
     terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
@@ -26,5 +26,5 @@ def configure(level: str = "info") -> structlog.stdlib.BoundLogger:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
     return logger

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -22,10 +22,11 @@ from agent.events import Event, Synced
 from agent.kernel import Kernel, KernelError, OwnedByOther, Stale, Watcher
 from agent.state import KernelView, State
 from rules.diff import Change
+from rules.language import Table
 from rules.tables import FAMILIES
-from rules.transaction import Transaction
+from rules.transaction import Transaction, commands
 
-Log = structlog.stdlib.BoundLogger
+Log = structlog.typing.FilteringBoundLogger
 
 
 class Stop(NamedTuple):
@@ -48,26 +49,33 @@ RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 OWNER_POLL_SECONDS = 0.2
 
 
-def views(kernel: Kernel, state: State) -> dict[int, KernelView]:
-    """What the kernel has, read back. A table that lacks the ownership we give tables counts as
-    one whose rules are all others: it has to be made anew."""
-    result = {}
-    for table in state.tables():
+def reader(kernel: Kernel) -> Callable[[Table], KernelView | None]:
+    """Reads back what the kernel has in place of a table, for `State.resync`.
+
+    A table that has not the ownership that our tables get must be made anew, so nothing of it
+    counts as being as wanted.
+    """
+
+    def read(table: Table) -> KernelView | None:
         found = kernel.find(table.family)
         if found is None:
-            continue
+            return None
         known = found.known(table)
         if not kernel.fits(found):
             known = known._replace(sets=dict.fromkeys(known.sets))
-        result[table.family] = KernelView(known, kernel.read(found))
-    return result
+        return KernelView(known, kernel.read(found))
+
+    return read
 
 
 class Loop:
     """The agent's main loop. `put` may be called from any thread and from signal handlers."""
 
-    def __init__(self, state: State, kernel: Kernel, log: Log) -> None:
+    def __init__(
+        self, state: State, kernel: Kernel, log: Log, *, show_elements: bool = False
+    ) -> None:
         self.state = state
+        self._show_elements = show_elements
         self._kernel = kernel
         self._log = log
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -169,7 +177,7 @@ class Loop:
     def _resync(self) -> None:
         started = time.perf_counter()
         self._kernel.take_over()
-        transaction = self.state.resync(views(self._kernel, self.state))
+        transaction = self.state.resync(reader(self._kernel))
         self._apply(transaction, started, compared=True)
         self._doubt = False
         for family in FAMILIES:
@@ -183,6 +191,9 @@ class Loop:
             kernel_ms = (time.perf_counter() - sent_at) * 1e3
         for family in transaction.change.stale_affinity:
             self._forget(family)
+        if self._show_elements:
+            for command in commands(transaction):
+                self._log.debug("change", command=command)
         if transaction or compared:
             self._log.info(
                 "programmed" if transaction else "verified",

@@ -17,7 +17,7 @@ what was read back, keeps the slots found there, and returns the difference.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from agent.config import DetectLocalMode, Options, in_networks
@@ -229,13 +229,15 @@ class State:
         self._advance_node(change)
         return Transaction(tuple(self._advance_tables()), change)
 
-    def resync(self, views: Mapping[int, KernelView]) -> Transaction:
-        """The transaction that makes the kernel right, given what it has, per family.
+    def resync(self, read: Callable[[Table], KernelView | None]) -> Transaction:
+        """The transaction that makes the kernel right.
 
-        Slots and widths found in the kernel are kept where they are right.
+        `read` tells what the kernel has in place of a table, None for nothing. Slots and widths
+        found there are kept where they are right.
         """
         self._advance_services(Change())
         self._advance_node(Change())
+        views = {t.family: view for t in self.tables() if (view := read(t)) is not None}
         lists: dict[Claim, Lists] = {}
         for family, view in views.items():
             lists.update(restored(family, view.elements))

@@ -305,8 +305,8 @@ def user_data(described: Set) -> bytes:
     if concatenated:
         data += _tlv(3, _typeof(described.key if described.typeof else ()))
     if described.is_map:
-        if described.typeof:
-            data += _tlv(4, _typeof(described.data))
+        if described.data:
+            data += _tlv(4, _typeof(described.data if described.typeof else ()))
         data += _host(6, 0)
     if described.comment:
         data += _tlv(7, described.comment.encode() + b"\0")

@@ -175,6 +175,7 @@ class _Metadata(_Shape):
 class _AnyObject(_Shape):
     metadata: _Metadata
     kind: str | None = None
+    api_version: str | None = None
 
 
 class _ServicePortShape(_Shape):
@@ -297,6 +298,7 @@ class _ServiceCIDRShape(_Shape):
 
 class _ListShape(_Shape):
     kind: str | None = None
+    api_version: str | None = None
     items: list[msgspec.Raw] | None = None
 
 
@@ -600,6 +602,12 @@ _PARSERS: dict[str, tuple[msgspec.json.Decoder[Any], Callable[[Any], Object]]] =
     "ServiceCIDR": (msgspec.json.Decoder(_ServiceCIDRShape), _service_cidr),
 }
 KINDS = tuple(_PARSERS)
+_GROUPS = {
+    "Service": "",
+    "EndpointSlice": "discovery.k8s.io",
+    "Node": "",
+    "ServiceCIDR": "networking.k8s.io",
+}
 
 _list_decoder = msgspec.json.Decoder(_ListShape)
 _any_decoder = msgspec.json.Decoder(_AnyObject)
@@ -634,26 +642,36 @@ def decode_any(data: bytes) -> Iterator[Object | InvalidObject]:
         yield InvalidObject("document", str(error))
         return
     if document.items is None:
-        yield from _decode_known(document.kind, data)
+        yield from _decode_known(document.kind, document.api_version, data)
         return
     # the items of an API list carry no kind of their own: "ServiceList" says it for all
     item_kind = (document.kind or "List").removesuffix("List")
     for raw in document.items:
-        kind = item_kind
+        kind, version = item_kind, document.api_version
         if not kind:
             try:
-                kind = _any_decoder.decode(raw).kind or ""
+                item = _any_decoder.decode(raw)
             except ValueError as error:
                 yield InvalidObject("an item of a List", str(error))
                 continue
-        yield from _decode_known(kind, raw)
+            kind, version = item.kind or "", item.api_version
+        yield from _decode_known(kind, version, raw)
 
 
-def _decode_known(kind: str | None, data: bytes | msgspec.Raw) -> Iterator[Object | InvalidObject]:
+def _decode_known(
+    kind: str | None, version: str | None, data: bytes | msgspec.Raw
+) -> Iterator[Object | InvalidObject]:
     if not kind:
         yield InvalidObject(_subject("object", data), "has no kind")
-    elif kind in _PARSERS:
+    elif kind in _PARSERS and _is_of_group(version, _GROUPS[kind]):
         try:
             yield decode(kind, data)
         except InvalidObject as error:
             yield error
+
+
+def _is_of_group(version: str | None, group: str) -> bool:
+    """Whether an apiVersion is of the API group; Knative, for one, has Services of its own."""
+    if version is None:
+        return True
+    return version.rpartition("/")[0] == group
