@@ -7,7 +7,7 @@ import time
 from agent.config import Options
 from agent.events import Delete, Event, Upsert
 from agent.kernel import Kernel
-from agent.loop import views
+from agent.loop import reader
 from agent.state import State
 from agent.world import World
 from rules.diff import Elements, between
@@ -47,7 +47,7 @@ class Proxy:
 
     def resync(self) -> Transaction:
         self.kernel.take_over()
-        return self._send(self.state.resync(views(self.kernel, self.state)))
+        return self._send(self.state.resync(reader(self.kernel)))
 
     def _send(self, transaction: Transaction) -> Transaction:
         started = time.perf_counter()
