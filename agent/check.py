@@ -50,13 +50,13 @@ def _enter_namespace() -> None:
 
 
 def _main() -> None:
+    _enter_namespace()  # first: libnftables opens its socket as soon as it is made
     try:
         import nftables
 
         library = nftables.Nftables()
     except (ImportError, OSError) as error:
         raise SystemExit(f"libnftables is missing ({error}); install libnftables1") from None
-    _enter_namespace()
     failed, _, errors = library.cmd(sys.stdin.read())
     if failed:
         raise SystemExit(errors.strip())

@@ -1,0 +1,32 @@
+# make demo   balance real connections in a small world of network namespaces (root)
+# make test   everything that is tested (root, else what needs no root)
+# make lint   ruff and mypy
+# make .venv  only the virtual environment, with `sliceproxy` in its bin
+
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv
+	$(BIN)/sliceproxy demo
+
+test: .venv/tests-ready
+	tools/need-test-tools
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: .venv/tests-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv: pyproject.toml
+	python=$$(tools/need-python) && $$python -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch .venv
+
+.venv/tests-ready: .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
