@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
 from agent.events import Delete, Event, Synced, Upsert
-from agent.sources import manifests
+from agent.sources import documents, manifests, watching
 from agent.sources.manifests import Content, Follower, ManifestError, read
 from rules.objects import EndpointSlice, Name, Node, Object, Service, ServiceCIDR
 
@@ -256,7 +256,7 @@ def test_a_file_without_use_is_one_problem_that_says_why(
 
 def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", *[service(f"s-{i}") for i in range(50)])
-    monkeypatch.setattr(manifests, "MAX_YAML_BYTES", 1000)
+    monkeypatch.setattr(documents, "MAX_YAML_BYTES", 1000)
     assert "use JSON" in only_problem(read([str(tmp_path)])).reason
     monkeypatch.setattr(manifests, "MAX_FILE_BYTES", 1000)
     assert "is larger than" in only_problem(read([str(tmp_path)])).reason
@@ -325,7 +325,7 @@ json_values = st.recursive(
 @given(json_values, st.booleans())
 def test_yaml_means_what_was_dumped(value: object, flow: bool) -> None:
     text = yaml.safe_dump(value, default_flow_style=flow)
-    (document,) = manifests._Composer(text).documents()
+    (document,) = documents._Composer(text).documents()
     assert document == value
     assert type(document) is type(value)
 
@@ -505,8 +505,8 @@ def test_a_config_map_volume(tmp_path: Path, follow: Callable[..., Following]) -
 
     def update(time: str, payload: dict[str, list[dict[str, object]]]) -> None:
         (volume / f"..{time}").mkdir()
-        for name, documents in payload.items():
-            (volume / f"..{time}" / name).write_text(as_yaml(*documents))
+        for name, objects in payload.items():
+            (volume / f"..{time}" / name).write_text(as_yaml(*objects))
         before = os.readlink(volume / "..data") if (volume / "..data").exists() else None
         (volume / "..data_tmp").symlink_to(f"..{time}")
         (volume / "..data_tmp").rename(volume / "..data")
@@ -775,7 +775,7 @@ def test_files_are_looked_at_where_inotify_cannot_be_had(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(inotify_simple.INotify, where, refuse)
-    monkeypatch.setattr(manifests, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(watching, "POLL_SECONDS", 0.05)
     place = tmp_path / "place"
     place.mkdir()
     path = write(place / "a.yaml", service("a"))
@@ -807,6 +807,6 @@ def test_a_thread_that_fails_says_so(tmp_path: Path) -> None:
 
 
 def test_encoding_of_yaml_values_is_what_the_decoder_reads() -> None:
-    (encoded,) = manifests._yaml_documents("a: [1, 0o7, 010, 1.5, ~, yes, '1', 2024-01-01]")
+    (encoded,) = documents._yaml_documents("a: [1, 0o7, 010, 1.5, ~, yes, '1', 2024-01-01]")
     expected = {"a": [1, "0o7", 8, 1.5, None, True, "1", "2024-01-01"]}
     assert msgspec.json.decode(encoded) == expected
