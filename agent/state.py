@@ -50,7 +50,7 @@ from rules.objects import (
     Service,
     ServiceCIDR,
 )
-from rules.program import NOTHING, Claim, Owned, Program, Surroundings, Wanted, program
+from rules.program import NOTHING, Claim, Owned, Program, Surroundings, program
 from rules.selection import Place
 from rules.tables import FAMILIES, SETS, Layout, PodInterface, build
 from rules.transaction import Known, TableChange, Transaction, table_change
@@ -86,6 +86,7 @@ class State:
         self.notices: list[Notice] = []
         self._slice_owner: dict[Name, Name] = {}
         self._claimants: dict[Claim, tuple[Name, ...]] = {}
+        self._rivals: dict[Claim, tuple[Name, frozenset[Name]]] = {}  # as they were told
         self._dirty: set[Name] = set()
         self._counts: Counter[Owned] = Counter()
         self._affinity: Counter[tuple[int, int]] = Counter()
@@ -338,7 +339,8 @@ class State:
         for claim in touched:
             if (claim in old.wanted) != (claim in new.wanted):
                 self._claim(claim, name, wants=claim in new.wanted)
-        return touched
+        # a Service that was made anew is younger than before: others may win now
+        return touched.union(c for c in new.wanted if len(self._claimants[c]) > 1)
 
     def _claim(self, claim: Claim, name: Name, *, wants: bool) -> None:
         others = tuple(n for n in self._claimants.get(claim, ()) if n != name)
@@ -362,12 +364,18 @@ class State:
         else:
             wanted = self.programs[holder].wanted[claim]
             after = self.installed[claim] = install(wanted, lists_of(before))
-            self._note_rivals(claim, holder, wanted)
+        self._note_rivals(claim, holder)
         advance(claim, before, after, change)
 
-    def _note_rivals(self, claim: Claim, holder: Name, wanted: Wanted) -> None:
-        for rival in self._claimants[claim]:
-            if rival != holder:
+    def _note_rivals(self, claim: Claim, holder: Name | None) -> None:
+        """One notice for each Service that lost the claim, when it does."""
+        rivals = frozenset(self._claimants.get(claim, ())) - {holder}
+        if not rivals:
+            self._rivals.pop(claim, None)
+        elif holder and self._rivals.get(claim) != (holder, rivals):
+            self._rivals[claim] = (holder, rivals)
+            wanted = self.programs[holder].wanted[claim]
+            for rival in sorted(rivals):
                 self.notices.append(
                     Notice(
                         "address is taken",
