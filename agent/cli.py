@@ -6,6 +6,7 @@ Exit codes: 0 well, 1 `diff` found differences, 2 something is wrong (one line s
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -184,6 +185,7 @@ def run(places: tuple[str, ...], no_own: bool, log_level: str, **flags: Any) -> 
 
     chosen = _options(flags)
     logger = log.configure(log_level)
+    gc.disable()  # until the loop has programmed what is there: a load makes no garbage
     with _kernel(own=not no_own) as kernel:
         loop = Loop(State(chosen), kernel, logger, show_elements=log_level == "debug")
 

@@ -11,6 +11,7 @@ everything back, keeps the slots it finds, and writes the difference.
 
 from __future__ import annotations
 
+import gc
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -180,6 +181,9 @@ class Loop:
         transaction = self.state.resync(reader(self._kernel))
         self._apply(transaction, started, compared=True)
         self._doubt = False
+        # what was loaded stays, so the collector need not walk it again and again
+        gc.freeze()
+        gc.enable()
         for family in FAMILIES:
             self._forget(family)
 

@@ -236,9 +236,13 @@ class State:
         `read` tells what the kernel has in place of a table, None for nothing. Slots and widths
         found there are kept where they are right.
         """
-        self._advance_services(Change())
-        self._advance_node(Change())
+        first = not self.installed and not self._node_elements
+        change = Change()
+        self._advance_services(change)
+        self._advance_node(change)
         views = {t.family: view for t in self.tables() if (view := read(t)) is not None}
+        if first and not views:  # nothing there and nothing known: the change is everything
+            return Transaction(tuple(self._advance_tables()), change)
         lists: dict[Claim, Lists] = {}
         for family, view in views.items():
             lists.update(restored(family, view.elements))
