@@ -389,23 +389,38 @@ class State:
                 )
 
     def is_current(self, key: Key, value: Value) -> bool:
-        """Whether what an affinity map remembers still leads where a list leads.
+        """Whether what an affinity map remembers leads where this client would be sent today.
 
         `key` is client, original destination, protocol, port; `value` the target.
         """
-        family = FAMILY_OF_LENGTH[len(value) - 4 if isinstance(value, bytes) else 4]
-        sets, length = SETS[family], 4 if family == 4 else 16
-        destination = key[length:]
+        length = len(value) - 4 if isinstance(value, bytes) else 0
+        sets = SETS[FAMILY_OF_LENGTH[length]]
+        client, destination = key[:length], key[length:]
         installed = self.installed.get(Claim(sets.service_ips, destination))
         if installed is None and (sets.nodeport_ips, destination[:length], None) in (
             self._node_elements
         ):
             installed = self.installed.get(Claim(sets.service_nodeports, destination[length:]))
-        return (
-            installed is not None
-            and installed.wanted.sticky
-            and (value in installed.slots or value in installed.inside)
-        )
+        if installed is None or not installed.wanted.sticky:
+            return False
+        if installed.wanted.inside is not None and self._is_inside(client):
+            return value in installed.inside
+        return value in installed.slots
+
+    def _is_inside(self, client: Address) -> bool:
+        """Whether a client is this node or one of its pods, as far as its address tells.
+
+        Where pods are told by interface, their CIDR and the endpoints on this node stand in. A pod
+        that is taken for a stranger loses its stickiness sooner than it had to, no more.
+        """
+        if client in self.addresses.addresses or client in self._around.node_addresses:
+            return True
+        mode = self.options.detect_local
+        if mode in (DetectLocalMode.BRIDGE_INTERFACE, DetectLocalMode.INTERFACE_NAME_PREFIX):
+            hairpins = SETS[FAMILY_OF_LENGTH[len(client)]].hairpins
+            cidrs = self.node.pod_cidrs if self.node else ()
+            return in_networks(client, cidrs) or (hairpins, client * 2, None) in self._counts
+        return in_networks(client, self._pod_cidrs())
 
 
 def _subject(item: Object) -> str:

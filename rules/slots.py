@@ -14,8 +14,9 @@ draws from a *width* instead, the first of a fixed ladder that is wide enough:
   draw is made over the first FEWEST slots, which are always filled.
 
 How even that is: with filling f = N / width, a share (1 - f)^DRAWS of all connections comes from
-the last draw, so a slot beyond FEWEST gets that share less than 1/N: at most 3.1 % less for a
-width just grown into (f > 1/2), 0.1 % at f = 3/4, nothing where N equals the width or FEWEST.
+the last draw, so a slot beyond FEWEST gets that share less than 1/N: at most 3.1 % less in a width
+just grown into (f > 1/2), 0.1 % at f = 3/4, nothing where N equals the width or FEWEST; at the
+worst, in a width that the Service has shrunk in and is about to leave, up to 9.5 %.
 """
 
 from __future__ import annotations
