@@ -296,11 +296,12 @@ def endpoints(service: str, places: tuple[str, ...], output: str, **flags: Any) 
     from rich.console import Console
 
     from agent import endpoints as view
+    from agent.endpoints import QuestionError
 
     state = _state(places, flags, local=False)
     try:
         table = view.endpoints(state, service)
-    except view.UnknownService as error:
+    except QuestionError as error:
         fail(error)
     if output == "json":
         click.echo(msgspec.json.encode(table).decode())
@@ -329,11 +330,12 @@ def explain(
     from rich.console import Console
 
     from agent import explain as view
+    from agent.endpoints import QuestionError
 
     state = _state(places, flags, local=False)
     try:
         explanation = view.explain(state, target, from_address)
-    except view.ExplainError as error:
+    except QuestionError as error:
         fail(error)
     if output == "json":
         click.echo(msgspec.json.encode(explanation).decode())

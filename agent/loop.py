@@ -148,7 +148,8 @@ class Loop:
         try:
             if not self._doubt:
                 try:
-                    self._apply(self.state.step(), time.perf_counter())
+                    started = time.perf_counter()
+                    self._apply(self.state.step(), started)
                 except Stale as error:
                     self._log.warning("tables are not as they were left", error=str(error))
                     self._doubt = True
@@ -188,11 +189,9 @@ class Loop:
             self._forget(family)
 
     def _apply(self, transaction: Transaction, started: float, *, compared: bool = False) -> None:
-        size = 0
-        if transaction:
-            sent_at = time.perf_counter()
-            size = self._kernel.apply(transaction)
-            kernel_ms = (time.perf_counter() - sent_at) * 1e3
+        sent_at = time.perf_counter()
+        size = self._kernel.apply(transaction) if transaction else 0
+        done_at = time.perf_counter()
         for family in transaction.change.stale_affinity:
             self._forget(family)
         if self._show_elements:
@@ -202,8 +201,9 @@ class Loop:
             self._log.info(
                 "programmed" if transaction else "verified",
                 **_summary(transaction, self.state),
-                ms=round((time.perf_counter() - started) * 1e3, 2),
-                **({"kernel_ms": round(kernel_ms, 2), "bytes": size} if transaction else {}),
+                ms=round((done_at - started) * 1e3, 2),
+                kernel_ms=round((done_at - sent_at) * 1e3, 2),
+                bytes=size,
             )
 
     def _forget(self, family: int) -> None:

@@ -1,1 +1,1 @@
-"""Where events come from: manifests now, an API server next."""
+"""Where events come from: manifests, and the API server."""
