@@ -11,13 +11,16 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import click
 
 from agent.config import ConfigError, DetectLocalMode, Options, options
 
 if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from agent.events import Event
     from agent.kernel import Kernel
     from agent.sources.manifests import Content
     from agent.state import State
@@ -90,13 +93,9 @@ def _node_options(command: F) -> F:
     return command
 
 
+_FROM_HELP = "A file or directory of manifests (YAML or JSON), or - for standard input. Repeatable."
 _from = click.option(
-    "--from",
-    "places",
-    multiple=True,
-    required=True,
-    metavar="PATH",
-    help="A file or directory of manifests (YAML or JSON), or - for standard input. Repeatable.",
+    "--from", "places", multiple=True, required=True, metavar="PATH", help=_FROM_HELP
 )
 _output = click.option(
     "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
@@ -129,7 +128,7 @@ def _content(places: tuple[str, ...]) -> Content:
 
 def _state(places: tuple[str, ...], flags: dict[str, Any], *, local: bool) -> State:
     """A State that knows the manifests and, if `local`, this machine's addresses."""
-    from agent.events import Event, Upsert
+    from agent.events import Upsert
     from agent.state import State
 
     state = State(_options(flags))
@@ -162,7 +161,19 @@ def _kernel(*, own: bool) -> Kernel:
 
 
 @main.command()
-@_from
+@click.option("--from", "places", multiple=True, metavar="PATH", help=_FROM_HELP)
+@click.option(
+    "--kubeconfig",
+    metavar="FILE",
+    help="How to reach the API server, without --from. [default: $KUBECONFIG, the pod's service"
+    " account, ~/.kube/config]",
+)
+@click.option("--context", help="A context of the kubeconfig. [default: its current one]")
+@click.option(
+    "--server",
+    metavar="URL",
+    help="The API server's own address. A pod is told that of a Service, which needs a proxy.",
+)
 @_node_options
 @_no_own
 @click.option(
@@ -172,15 +183,24 @@ def _kernel(*, own: bool) -> Kernel:
     show_default=True,
     help="debug also logs every element that changes.",
 )
-def run(places: tuple[str, ...], no_own: bool, log_level: str, **flags: Any) -> None:
-    """Run the agent: keep this kernel's tables as the manifests want them.
+def run(
+    *,
+    places: tuple[str, ...],
+    kubeconfig: str | None,
+    context: str | None,
+    server: str | None,
+    no_own: bool,
+    log_level: str,
+    **flags: Any,
+) -> None:
+    """Run the agent: keep this kernel's tables as the API server or the manifests want them.
 
-    Files are followed while they change. SIGTERM ends the agent and leaves the tables in place;
-    connections and Services go on. `sliceproxy cleanup` removes them.
+    Without --from it follows the API server; with it, the files, while they change. SIGTERM ends
+    the agent and leaves the tables in place; connections and Services go on. `sliceproxy cleanup`
+    removes them.
     """
     from agent import addresses, log
     from agent.loop import Failed, Loop, Stop
-    from agent.sources.manifests import Follower, ManifestError
     from agent.state import State
 
     chosen = _options(flags)
@@ -194,19 +214,52 @@ def run(places: tuple[str, ...], no_own: bool, log_level: str, **flags: Any) -> 
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        try:
-            follower = Follower(places, loop.put, logger)
-        except ManifestError as error:
-            fail(error)
+        if places:
+            source = _manifests(places, loop.put, logger)
+        else:
+            source = _api_server((kubeconfig, context, server), chosen, loop.put, logger)
         network = addresses.Follower(loop.put, lambda error: loop.put(Failed(error)))
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         network.start()
         network.told.wait()
-        follower.start()
+        source.start()
         loop.run()
         logger.info("stopped", tables="left in place")
-        follower.stop()
+        source.stop()
         network.stop()
+
+
+class _Source(Protocol):
+    """What tells the loop of events: a thread that starts and stops."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+def _manifests(
+    places: tuple[str, ...], put: Callable[[list[Event]], None], logger: FilteringBoundLogger
+) -> _Source:
+    from agent.sources.manifests import Follower, ManifestError
+
+    try:
+        return Follower(places, put, logger)
+    except ManifestError as error:
+        fail(error)
+
+
+def _api_server(
+    settings: tuple[str | None, str | None, str | None],
+    chosen: Options,
+    put: Callable[[list[Event]], None],
+    logger: FilteringBoundLogger,
+) -> _Source:
+    from agent.sources.kubernetes import ConnectError, Follower, connect
+
+    try:
+        connection = connect(*settings)
+    except ConnectError as error:
+        fail(error)
+    return Follower(connection, chosen.node, chosen.proxy_name, put, logger)
 
 
 @main.command()
