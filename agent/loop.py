@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import structlog
 
+from agent.conntrack import Flows
 from agent.events import Event, Synced
 from agent.kernel import Kernel, KernelError, OwnedByOther, Stale, Watcher
 from agent.state import KernelView, State
@@ -79,6 +80,7 @@ class Loop:
         self._show_elements = show_elements
         self._kernel = kernel
         self._log = log
+        self._flows = Flows(log)
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._synced = False
         self._doubt = True
@@ -187,6 +189,8 @@ class Loop:
         gc.enable()
         for family in FAMILIES:
             self._forget(family)
+        stale = transaction.change.stale_udp
+        self._flows.forget(stale, self.state.flow_is_stale, everything=True)
 
     def _apply(self, transaction: Transaction, started: float, *, compared: bool = False) -> None:
         sent_at = time.perf_counter()
@@ -194,6 +198,8 @@ class Loop:
         done_at = time.perf_counter()
         for family in transaction.change.stale_affinity:
             self._forget(family)
+        if not compared:  # behind the affinity map, which would bring a stale flow back
+            self._flows.forget(transaction.change.stale_udp, self.state.flow_is_stale)
         if self._show_elements:
             for command in commands(transaction):
                 self._log.debug("change", command=command)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from agent.config import DetectLocalMode, Options, in_networks
 from agent.events import Delete, Event, NodeAddresses, Synced, Upsert
+from rules.conntrack import Flow, Serving, is_stale, is_udp
 from rules.diff import (
     Change,
     Elements,
@@ -263,7 +264,22 @@ class State:
             changes.append(changed)
             if found and not changed.create:
                 have.update(found.elements)
-        return Transaction(tuple(changes), between(have, self.elements()))
+        difference = between(have, self.elements())
+        difference.stale_udp = self._served_formerly(lists, change)
+        return Transaction(tuple(changes), difference)
+
+    def _served_formerly(
+        self, lists: Mapping[Claim, Lists], change: Change
+    ) -> dict[Claim, Serving]:
+        """What served the claims that have gone: as the kernel says, and as was known so far."""
+        served = {
+            claim: frozenset((*there.slots, *there.inside))
+            for claim, there in lists.items()
+            if is_udp(claim) and claim not in self.installed
+        }
+        for claim, known in change.stale_udp.items():
+            served[claim] = served.get(claim, frozenset()) | known
+        return served
 
     def elements(self) -> dict[Set, dict[Key, Value]]:
         """Every element that the kernel should have after the last step."""
@@ -296,7 +312,16 @@ class State:
             change.remove(owner, key, value)
         for owner, key, value in wanted - self._node_elements:
             change.add(owner, key, value)
+        came = wanted - self._node_elements
+        if any(owner is SETS[owner.family].nodeport_ips for owner, _, _ in came):
+            self._look_at_node_ports(change)
         self._node_elements = wanted
+
+    def _look_at_node_ports(self, change: Change) -> None:
+        """Flows to an address that has begun to answer at node ports were never translated."""
+        for claim in self.installed:
+            if claim.verdicts is SETS[claim.verdicts.family].service_nodeports and is_udp(claim):
+                change.stale_udp.setdefault(claim, frozenset())
 
     def _advance_services(self, change: Change) -> None:
         around = self.surroundings()
@@ -388,6 +413,19 @@ class State:
                     )
                 )
 
+    def flow_is_stale(self, flow: Flow, formerly: Mapping[Claim, Serving]) -> bool:
+        """Whether a UDP flow leads nowhere, as `rules.conntrack` has it. `formerly` is
+        `Change.stale_udp` of the transaction that was applied last."""
+        return is_stale(flow, self._serving, self._is_node_port_address, formerly)
+
+    def _serving(self, claim: Claim) -> Serving | None:
+        installed = self.installed.get(claim)
+        return installed.wanted.serving if installed else None
+
+    def _is_node_port_address(self, address: Address) -> bool:
+        owner = SETS[FAMILY_OF_LENGTH[len(address)]].nodeport_ips
+        return (owner, address, None) in self._node_elements
+
     def is_current(self, key: Key, value: Value) -> bool:
         """Whether what an affinity map remembers leads where this client would be sent today.
 
@@ -397,9 +435,7 @@ class State:
         sets = SETS[FAMILY_OF_LENGTH[length]]
         client, destination = key[:length], key[length:]
         installed = self.installed.get(Claim(sets.service_ips, destination))
-        if installed is None and (sets.nodeport_ips, destination[:length], None) in (
-            self._node_elements
-        ):
+        if installed is None and self._is_node_port_address(destination[:length]):
             installed = self.installed.get(Claim(sets.service_nodeports, destination[length:]))
         if installed is None or not installed.wanted.sticky:
             return False

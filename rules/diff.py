@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from rules.conntrack import Serving, must_look
 from rules.language import Set
 from rules.nft import Element, Key, Value
 from rules.program import Claim, Owned, Wanted
@@ -31,13 +32,15 @@ class Change:
     """Elements to delete and elements to add, per set.
 
     `stale_affinity` holds the families in which sticky clients may be remembered for endpoints
-    that went, so that the affinity map must be gone through.
+    that went, so that the affinity map must be gone through. `stale_udp` holds the claims that may
+    have stale flows, each with what served it before: those in conntrack must be gone through.
     """
 
     def __init__(self) -> None:
         self.removed: dict[Set, list[Element]] = {}
         self.added: dict[Set, list[Element]] = {}
         self.stale_affinity: set[int] = set()
+        self.stale_udp: dict[Claim, Serving] = {}
 
     def __bool__(self) -> bool:
         return bool(self.removed or self.added)
@@ -124,6 +127,9 @@ def advance(
     for element in wants - had:
         change.add(*element)
     _forget(claim, before, after, change)
+    served = before.wanted.serving if before else frozenset()
+    if must_look(served, after.wanted.serving if after else frozenset()):
+        change.stale_udp[claim] = served
 
 
 def _verdicts(claim: Claim, installed: Installed) -> Iterator[Owned]:

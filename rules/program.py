@@ -17,8 +17,16 @@ import msgspec
 from rules.frontends import Frontend, Kind, frontends
 from rules.language import Set
 from rules.nft import Key, Value
-from rules.objects import Address, Endpoint, EndpointSlice, Service
-from rules.selection import Place, Selection, Target, candidates, cluster_list, local_list
+from rules.objects import UDP, Address, Endpoint, EndpointSlice, Service
+from rules.selection import (
+    Place,
+    Selection,
+    Target,
+    candidates,
+    cluster_list,
+    local_list,
+    serving,
+)
 from rules.tables import CLUSTER, MASQUERADE, PLAIN, SETS, remember
 
 Owned = tuple[Set, Key, Value]
@@ -49,7 +57,8 @@ class Wanted(msgspec.Struct, frozen=True):
 
     `endpoints` get slots under the claim's key, `inside` likewise from INSIDE_OFFSET on, if it is
     not None. `style` and `sticky` pick the chain together with the width, which is found when the
-    slots are. `elements` are all others.
+    slots are. `elements` are all others. `serving` tells where flows may lead that began earlier
+    (`rules.conntrack`); it is empty unless the protocol is UDP.
     """
 
     frontend: Frontend
@@ -58,6 +67,7 @@ class Wanted(msgspec.Struct, frozen=True):
     endpoints: tuple[Target, ...]
     inside: tuple[Target, ...] | None
     elements: frozenset[Owned]
+    serving: frozenset[Target] = frozenset()
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -72,18 +82,27 @@ NOTHING = Program({}, frozenset(), frozenset())
 
 
 class PortLists(NamedTuple):
-    """The endpoints of one Service port in one family, and what this node uses of them."""
+    """The endpoints of one Service port in one family, and what this node uses of them.
+
+    `serving` is empty unless the protocol is UDP.
+    """
 
     found: dict[Target, Endpoint]
     cluster: Selection
     local: Selection
+    serving: frozenset[Target] = frozenset()
 
 
 def port_lists(frontend: Frontend, slices: Iterable[EndpointSlice], place: Place) -> PortLists:
     """Both lists of the Service port that the frontend belongs to."""
     port = frontend.service_port
     found = candidates(slices, frontend.family, port.name, port.protocol)
-    return PortLists(found, cluster_list(found, place), local_list(found, place))
+    return PortLists(
+        found,
+        cluster_list(found, place),
+        local_list(found, place),
+        serving(found) if port.protocol == UDP else frozenset(),
+    )
 
 
 def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundings) -> Program:
@@ -139,6 +158,7 @@ def _wanted(service: Service, frontend: Frontend, lists: PortLists, around: Surr
         selection.targets,
         lists.cluster.targets if frontend.external and frontend.local else None,
         frozenset(elements),
+        lists.serving,
     )
 
 

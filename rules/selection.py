@@ -74,6 +74,11 @@ def candidates(
     return found
 
 
+def serving(found: Mapping[Target, Endpoint]) -> frozenset[Target]:
+    """The endpoints that serve, wherever they are and whether a list has them or not."""
+    return frozenset(t for t, e in found.items() if e.conditions & (READY | SERVING))
+
+
 def _rank(endpoint: Endpoint) -> int:
     if endpoint.conditions & READY:
         return 2

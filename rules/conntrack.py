@@ -1,0 +1,119 @@
+"""UDP flows that lead nowhere: which they are, and only they.
+
+The first packet of a flow passes the nat chains and is sent to an endpoint; conntrack remembers
+the decision and repeats it for every later packet, whatever the maps say by then. TCP finds out
+when its endpoint dies. UDP does not: a client that keeps its socket (resolvers do) keeps the flow
+alive with every datagram that it sends into the void. So two kinds of entries must be deleted:
+
+- those that lead to an endpoint that no longer *serves*;
+- those that were never translated, because the address became a Service's only later (the Service
+  is new, or the agent was not there yet). While a Service of ours has no endpoint no such entry is
+  born: the packet is rejected or dropped before conntrack keeps it.
+
+All others stay (kubernetes issue 122740), and "serves" is meant literally: an endpoint that is
+terminating but serving, is hinted for another zone or has left the local list gets no *new* flows,
+but keeps those that it has, as it keeps its TCP connections. kube-proxy 1.32 and later draw the
+line there too. Two things are better here: when the *last* endpoint stops serving, its flows go,
+so that the client is refused at once (kube-proxy waits for another endpoint); and an endpoint
+that is published although it is not ready (`publishNotReadyAddresses`) serves.
+
+When a Service or one of its addresses goes, its flows go if they lead to what was serving it. What
+somebody else's rules made of the same address is not ours to delete.
+
+A flow is judged by the claim that a new packet to its destination would meet. That takes one or two
+look-ups: no Service is walked, and the work is proportional to the flows that are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from rules.frontends import FAMILY_OF_LENGTH, destination_key
+from rules.objects import UDP, Address
+from rules.program import Claim
+from rules.selection import Target
+from rules.tables import SETS
+
+_PORT_LENGTH = 4  # a port in network order and two bytes of padding, behind every address
+
+
+class Flow(NamedTuple):
+    """A UDP flow in conntrack. Address and port are packed as in a Target.
+
+    `destination` is what the client asked for, `target` who answers it; they are the same if
+    nothing was translated. `zone` is 0 but for what is told apart on purpose (VRFs, Open vSwitch).
+    `entry` is opaque to all but `agent.conntrack`: the kernel's attributes.
+    """
+
+    source: Target
+    destination: Target
+    target: Target
+    zone: int = 0
+    entry: bytes = b""
+
+
+class Aim(NamedTuple):
+    """What flows to one claim have in common; the address of a node port is empty: any."""
+
+    family: int
+    address: Address
+    port: int
+
+
+Serving = frozenset[Target]
+"""The targets to which flows of a claim may lead."""
+
+Current = Callable[[Claim], Serving | None]
+"""What serves a claim now; None if nobody has the claim."""
+
+
+def is_udp(claim: Claim) -> bool:
+    """Whether it is a claim on a UDP port."""
+    return claim.key[-2 * _PORT_LENGTH] == UDP
+
+
+def aim(claim: Claim) -> Aim:
+    """Where flows to this claim are sent to."""
+    key = claim.key
+    port = int.from_bytes(key[-_PORT_LENGTH:-2], "big")
+    return Aim(claim.verdicts.family, key[: -2 * _PORT_LENGTH], port)
+
+
+def must_look(before: Serving, after: Serving) -> bool:
+    """Whether a claim that was served by `before` and is now by `after` may have stale flows:
+    one has stopped serving, or the first has appeared."""
+    return bool(before - after) or (bool(after) and not before)
+
+
+def claims_of(destination: Target, node_port_address: Callable[[Address], bool]) -> list[Claim]:
+    """The claims that a packet to this destination is looked up by, in the order of the rules."""
+    address, tail = destination[:-_PORT_LENGTH], destination[-_PORT_LENGTH:]
+    sets = SETS[FAMILY_OF_LENGTH[len(address)]]
+    port = int.from_bytes(tail[:2], "big")
+    claims = [Claim(sets.service_ips, destination_key(address, UDP, port))]
+    if node_port_address(address):
+        claims.append(Claim(sets.service_nodeports, destination_key(b"", UDP, port)))
+    return claims
+
+
+def is_stale(
+    flow: Flow,
+    current: Current,
+    node_port_address: Callable[[Address], bool],
+    formerly: Mapping[Claim, Serving],
+) -> bool:
+    """Whether the flow must be deleted, so that its next packet is decided on anew.
+
+    `formerly` tells what served the claims that have just gone. Depends on nothing of the flow
+    but destination, target and zone.
+    """
+    translated = flow.target != flow.destination
+    if flow.zone and not translated:
+        return False  # another stage of the same packet's way: it may be translated in zone 0
+    claims = claims_of(flow.destination, node_port_address)
+    for claim in claims:
+        serving = current(claim)
+        if serving is not None:
+            return flow.target not in serving and (translated or bool(serving))
+    return any(flow.target in formerly.get(claim, ()) for claim in claims)
