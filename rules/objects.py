@@ -326,6 +326,8 @@ def parse_address(text: str) -> Address:
         raise ValueError(f"{text!r} is not an IP address") from None
     if getattr(address, "scope_id", None):
         raise ValueError(f"{text!r} has a zone index")
+    if getattr(address, "ipv4_mapped", None):
+        raise ValueError(f"{text!r} is an IPv4 address written as IPv6")
     for attribute, reason in _UNUSABLE.items():
         if getattr(address, attribute):
             raise ValueError(f"{text} {reason}")
@@ -426,7 +428,7 @@ def _service(shape: _ServiceShape) -> Service:
         == "Local",
         affinity_seconds=_affinity_seconds(spec, problems),
         source_ranges=_source_ranges(spec, problems) if kind == "LoadBalancer" else (),
-        health_check_node_port=spec.health_check_node_port or 0,
+        health_check_node_port=_health_check_node_port(spec, problems),
         problems=tuple(problems),
     )
 
@@ -465,6 +467,11 @@ def _affinity_seconds(spec: _ServiceSpec, problems: _Problems) -> int:
         )
         return DEFAULT_AFFINITY_SECONDS
     return seconds
+
+
+def _health_check_node_port(spec: _ServiceSpec, problems: _Problems) -> int:
+    number = spec.health_check_node_port or 0
+    return number if number and problems.port("spec.healthCheckNodePort", number) else 0
 
 
 def _source_ranges(spec: _ServiceSpec, problems: _Problems) -> tuple[Network, ...]:
@@ -620,12 +627,14 @@ def decode(kind: str, data: bytes | msgspec.Raw) -> Object:
         return parse(decoder.decode(data))
     except ValueError as error:  # msgspec's errors are ValueErrors that say where
         raise InvalidObject(_subject(kind, data), str(error)) from None
+    except RecursionError:
+        raise InvalidObject(_subject(kind, data), "is nested too deep") from None
 
 
 def _subject(kind: str, data: bytes | msgspec.Raw) -> str:
     try:
         metadata = _any_decoder.decode(data).metadata
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{kind} without a name"
     return f"{kind} {metadata.namespace or 'default'}/{metadata.name}"
 
@@ -638,7 +647,7 @@ def decode_any(data: bytes) -> Iterator[Object | InvalidObject]:
     """
     try:
         document = _list_decoder.decode(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield InvalidObject("document", str(error))
         return
     if document.items is None:
@@ -651,7 +660,7 @@ def decode_any(data: bytes) -> Iterator[Object | InvalidObject]:
         if not kind:
             try:
                 item = _any_decoder.decode(raw)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield InvalidObject("an item of a List", str(error))
                 continue
             kind, version = item.kind or "", item.api_version

@@ -99,7 +99,7 @@ def cluster_list(found: Mapping[Target, Endpoint], place: Place) -> Selection:
         hinted = tuple(t for t, e in ready if place.node in e.node_hints)
         if hinted:
             return Selection(Basis.NODE_HINTS, hinted)
-    if all(e.zone_hints for _, e in ready):
+    if place.zone and all(e.zone_hints for _, e in ready):
         hinted = tuple(t for t, e in ready if place.zone in e.zone_hints)
         if hinted:
             return Selection(Basis.ZONE_HINTS, hinted)

@@ -8,14 +8,15 @@ draws from a *width* instead, the first of a fixed ladder that is wide enough:
 - an endpoint that comes takes a free slot or the next one; when one goes, the last slot's endpoint
   moves into the hole. The others stay, and so do connections' chances of being spread evenly;
 - a Service changes its width only when it outgrows it, or when it has shrunk below FEWEST of it.
-  A rolling update that swings by a quarter in both directions crosses no rung: the smallest
-  filling after growth is just over 1/2 (the ladder at most doubles), and 3/4 of that is 3/8;
+  A rolling update that swings by a quarter in both directions crosses one rung at most, once:
+  where its surge has just outgrown the rung below, 2/3 of this width, three quarters of the
+  Service are 3/4 / (5/4) * 2/3 = 0.4 of it, and that is more than FEWEST;
 - a draw that hits an empty slot misses, and the next rule draws again; after DRAWS misses one last
   draw is made over the first FEWEST slots, which are always filled.
 
 How even that is: with filling f = N / width, a share (1 - f)^DRAWS of all connections comes from
-the last draw, so a slot beyond FEWEST gets that share less than 1/N: at most 3.1 % less in a width
-just grown into (f > 1/2), 0.1 % at f = 3/4, nothing where N equals the width or FEWEST; at the
+the last draw, so a slot beyond FEWEST gets that share less than 1/N: at most 0.4 % less in a width
+just grown into (f > 2/3), 3.1 % at f = 1/2, nothing where N equals the width or FEWEST; at the
 worst, in a width that the Service has shrunk in and is about to leave, up to 9.5 %.
 """
 
@@ -26,10 +27,12 @@ from collections.abc import Sequence
 from rules.selection import Target
 
 LADDER = (
-    *(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
-    *(512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+    1,
+    *(width for power in range(1, 16) for width in (2**power, 3 * 2 ** (power - 1))),
+    65536,
 )
-"""The widths. Fine where Services live, since a fuller width misses less; doubling beyond."""
+"""The widths: 1, 2, 3, 4, 6, 8, 12, 16, 24 ... 49152, 65536, each at most 1.5 times the one before
+(but for 1 and 2)."""
 
 DRAWS = 5
 MAX_ENDPOINTS = LADDER[-1]

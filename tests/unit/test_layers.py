@@ -1,0 +1,105 @@
+"""`rules` is pure, and its modules import each other in one direction."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+MODULES = {f"rules.{p.stem}": p for p in (ROOT / "rules").glob("*.py") if p.stem != "__init__"}
+
+FORBIDDEN = {
+    *("agent", "tests", "bench"),
+    *("socket", "socketserver", "ssl", "select", "selectors", "http", "urllib", "asyncio"),
+    *("os", "subprocess", "signal", "threading", "multiprocessing", "queue", "pathlib", "io"),
+    *("time", "datetime", "random", "secrets"),
+    *("logging", "structlog", "warnings"),
+    *("kubernetes", "pyroute2", "urllib3", "click", "rich", "yaml", "nftables", "inotify_simple"),
+}
+"""Sockets, files, processes and threads, clocks and chance, logs, clusters."""
+
+ALLOWED_PACKAGES = {"msgspec", "rules"}
+"""What is not in the standard library."""
+
+DOWN = (
+    *("language", "objects", "selection", "slots", "tables", "nft", "frontends", "program"),
+    *("conntrack", "diff", "netlink", "transaction"),
+)
+"""The way of a change: each module knows only those before it. Others stand beside the way."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute here"
+            assert node.module
+            yield node.module
+            # `from rules import nft` names a module too
+            if node.module == "rules":
+                yield from (f"rules.{alias.name}" for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[str]:
+    """The names of functions that a file calls directly."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node.func.id
+
+
+GRAPH = {
+    name: {i for i in imports(path) if i in MODULES and i != name} for name, path in MODULES.items()
+}
+
+
+def test_the_modules_are_found():
+    assert {f"rules.{name}" for name in DOWN} <= MODULES.keys()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_rules_imports_no_io_no_clock_no_agent(module):
+    roots = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert not roots & FORBIDDEN
+    assert not {"open", "print", "input", "__import__", "eval", "exec"} & set(
+        calls(MODULES[module])
+    )
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_rules_imports_nothing_from_outside_but_msgspec(module):
+
+    roots = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert roots - set(sys.stdlib_module_names) <= ALLOWED_PACKAGES
+
+
+def test_rules_has_no_import_cycle():
+    assert set(TopologicalSorter(GRAPH).static_order()) == MODULES.keys()
+
+
+@pytest.mark.parametrize("name", DOWN)
+def test_a_module_imports_only_those_before_it(name):
+    before = {f"rules.{earlier}" for earlier in DOWN[: DOWN.index(name)]}
+    assert GRAPH[f"rules.{name}"] <= before
+
+
+def test_rules_can_be_imported_alone():
+    """In a fresh interpreter nothing forbidden is loaded through what msgspec loads, either."""
+
+    code = (
+        "import sys\n"
+        f"for name in {sorted(MODULES)!r}: __import__(name)\n"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert not loaded & {"agent", "socket", "kubernetes", "pyroute2", "structlog", "yaml"}
