@@ -6,24 +6,23 @@ Exit codes: 0 well, 1 `diff` found differences, 2 something is wrong (one line s
 
 from __future__ import annotations
 
-import gc
-import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from agent.config import ConfigError, DetectLocalMode, Options, options
+from agent.config import ConfigError, DetectLocalMode, Options
 
 if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
-
+    from agent.config_file import ConfigFile, Settings
     from agent.events import Event
     from agent.kernel import Kernel
     from agent.sources.manifests import Content
     from agent.state import State
+    from rules.language import Set
+    from rules.nft import Key, Value
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +49,14 @@ def _node_options(command: F) -> F:
     for option in reversed(
         (
             click.option(
+                "--config",
+                metavar="FILE",
+                help="kube-proxy's configuration or our own; flags win. See docs/configuration.md.",
+            ),
+            click.option(
+                "--bind-address", default="", help="The node's primary address of its family."
+            ),
+            click.option(
                 "--node", help="This node's name. [default: $NODE_NAME, else the host's name]"
             ),
             click.option("--zone", default="", help="Its zone. [default: the Node's zone label]"),
@@ -72,7 +79,7 @@ def _node_options(command: F) -> F:
                 "--pod-interface-name-prefix", default="", help="For mode InterfaceNamePrefix."
             ),
             click.option(
-                "--masquerade-all", is_flag=True, help="Masquerade all cluster IP traffic."
+                "--masquerade-all/--no-masquerade-all", help="Masquerade all cluster IP traffic."
             ),
             click.option(
                 "--masquerade-bit",
@@ -94,6 +101,52 @@ def _node_options(command: F) -> F:
 
 
 _FROM_HELP = "A file or directory of manifests (YAML or JSON), or - for standard input. Repeatable."
+
+
+def _conntrack_options(command: F) -> F:
+    for name, usual, text in reversed(
+        (
+            ("max-per-core", 32768, "nf_conntrack_max for each CPU; 0 leaves it alone."),
+            ("min", 131072, "nf_conntrack_max is not set lower than this."),
+            ("tcp-timeout-established", "24h", "0s leaves it alone, here and below."),
+            ("tcp-timeout-close-wait", "1h", "After the other side has closed."),
+            ("tcp-be-liberal", False, "Packets outside the TCP window are not invalid."),
+            ("udp-timeout", "0s", "Of a flow without an answer."),
+            ("udp-timeout-stream", "0s", "Of a flow with answers."),
+        )
+    ):
+        flag = f"--conntrack-{name}"
+        if usual is False:
+            flag += f"/--no-conntrack-{name}"
+        command = click.option(flag, default=usual, show_default=True, help=text)(command)
+    return command
+
+
+def _server_options(command: F) -> F:
+    for option in reversed(
+        (
+            click.option(
+                "--healthz-bind-address", metavar="IP:PORT", help="[default: 0.0.0.0:10256]"
+            ),
+            click.option(
+                "--metrics-bind-address", metavar="IP:PORT", help="[default: 127.0.0.1:10249]"
+            ),
+            click.option(
+                "--bind-address-hard-fail/--no-bind-address-hard-fail",
+                help="End if one of these two cannot be bound, instead of trying again.",
+            ),
+            click.option(
+                "--healthz-timeout",
+                default="2m",
+                show_default=True,
+                help="How long a change may wait before /healthz answers 503.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 _from = click.option(
     "--from", "places", multiple=True, required=True, metavar="PATH", help=_FROM_HELP
 )
@@ -107,11 +160,22 @@ _no_own = click.option(
 )
 
 
-def _options(flags: dict[str, Any]) -> Options:
+def _settings(flags: dict[str, Any]) -> tuple[Settings, ConfigFile | None]:
+    """What the flags that were given choose, and the file that they name."""
+    from agent.config_file import merged, read
+
+    source = click.get_current_context().get_parameter_source
+    given = {n: v for n, v in flags.items() if source(n) is not ParameterSource.DEFAULT}
+    path = given.pop("config", None)
     try:
-        return options(**flags)
+        file = read(path) if path else None
+        return merged(file, given), file
     except ConfigError as error:
         fail(error)
+
+
+def _options(flags: dict[str, Any]) -> Options:
+    return _settings(flags)[0].options()
 
 
 def _content(places: tuple[str, ...]) -> Content:
@@ -183,14 +247,12 @@ def _kernel(*, own: bool) -> Kernel:
     show_default=True,
     help="debug also logs every element that changes.",
 )
+@_server_options
+@_conntrack_options
+@click.option("--oom-score-adj", type=click.IntRange(-1000, 1000), default=-999, show_default=True)
 def run(
     *,
     places: tuple[str, ...],
-    kubeconfig: str | None,
-    context: str | None,
-    server: str | None,
-    no_own: bool,
-    log_level: str,
     **flags: Any,
 ) -> None:
     """Run the agent: keep this kernel's tables as the API server or the manifests want them.
@@ -199,80 +261,54 @@ def run(
     the agent and leaves the tables in place; connections and Services go on. `sliceproxy cleanup`
     removes them.
     """
-    from agent import addresses, log
-    from agent.loop import Failed, Loop, Stop
-    from agent.state import State
+    from agent.kernel import KernelError
+    from agent.run import CannotRun
+    from agent.run import run as run_agent
 
-    chosen = _options(flags)
-    logger = log.configure(log_level)
-    gc.disable()  # until the loop has programmed what is there: a load makes no garbage
-    with _kernel(own=not no_own) as kernel:
-        loop = Loop(State(chosen), kernel, logger, show_elements=log_level == "debug")
-
-        def stop(_signal: int, _frame: FrameType | None) -> None:
-            loop.put(Stop())
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        if places:
-            source = _manifests(places, loop.put, logger)
-        else:
-            source = _api_server((kubeconfig, context, server), chosen, loop.put, logger)
-        network = addresses.Follower(loop.put, lambda error: loop.put(Failed(error)))
-        logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
-        network.start()
-        network.told.wait()
-        source.start()
-        loop.run()
-        logger.info("stopped", tables="left in place")
-        source.stop()
-        network.stop()
-
-
-class _Source(Protocol):
-    """What tells the loop of events: a thread that starts and stops."""
-
-    def start(self) -> None: ...
-    def stop(self) -> None: ...
-
-
-def _manifests(
-    places: tuple[str, ...], put: Callable[[list[Event]], None], logger: FilteringBoundLogger
-) -> _Source:
-    from agent.sources.manifests import Follower, ManifestError
-
+    settings, file = _settings(flags)
     try:
-        return Follower(places, put, logger)
-    except ManifestError as error:
+        run_agent(places, settings, file)
+    except (CannotRun, KernelError) as error:
         fail(error)
-
-
-def _api_server(
-    settings: tuple[str | None, str | None, str | None],
-    chosen: Options,
-    put: Callable[[list[Event]], None],
-    logger: FilteringBoundLogger,
-) -> _Source:
-    from agent.sources.kubernetes import ConnectError, Follower, connect
-
-    try:
-        connection = connect(*settings)
-    except ConnectError as error:
-        fail(error)
-    return Follower(connection, chosen.node, chosen.proxy_name, put, logger)
 
 
 @main.command()
-def cleanup() -> None:
-    """Remove sliceproxy's tables from this kernel."""
+@click.option(
+    "--kube-proxy",
+    is_flag=True,
+    help="Remove what kube-proxy has left here, instead of sliceproxy's tables.",
+)
+def cleanup(kube_proxy: bool) -> None:
+    """Remove sliceproxy's tables from this kernel, or what kube-proxy has left in it.
+
+    Only when the other proxy runs: with the last table, established connections break.
+    """
     from agent.kernel import KernelError
 
     with _kernel(own=False) as kernel:
         try:
+            if kube_proxy:
+                _cleanup_kube_proxy(kernel)
+                return
             removed = kernel.remove()
         except KernelError as error:
             fail(error)
     click.echo("tables removed" if removed else "no tables here")
+
+
+def _cleanup_kube_proxy(kernel: Kernel) -> None:
+    """Exit code 2 if something is left that is not ours to remove."""
+    from agent import kube_proxy
+
+    removal = kube_proxy.remove(kernel)
+    for line in removal.removed:
+        click.echo(f"removed: {line}")
+    for line in removal.left:
+        click.echo(f"left: {line}", err=True)
+    if not removal.removed and not removal.left:
+        click.echo("nothing of kube-proxy here")
+    if removal.left:
+        raise SystemExit(2)
 
 
 # --- what it would do ---------------------------------------------------------------------------
@@ -362,6 +398,25 @@ def endpoints(service: str, places: tuple[str, ...], output: str, **flags: Any) 
         view.show(table, Console())
 
 
+def _elements_here(state: State) -> dict[Set, Mapping[Key, Value]] | None:
+    """What this kernel has in our tables; None where it has none, or must not be asked."""
+    from agent.kernel import Kernel, KernelError
+    from rules.tables import SETS
+
+    elements: dict[Set, Mapping[Key, Value]] = {}
+    try:
+        with Kernel(own=False) as kernel:
+            for table in state.tables():
+                if found := kernel.find(table.family):
+                    elements |= kernel.read(found)
+                    affinity = SETS[table.family].affinity
+                    if affinity.name in found.sets:
+                        elements[affinity] = kernel.elements(affinity)
+    except KernelError:
+        return None
+    return elements or None
+
+
 @main.command()
 @click.argument("target", metavar="ADDRESS:PORT[/udp|/sctp]")
 @_from
@@ -387,7 +442,7 @@ def explain(
 
     state = _state(places, flags, local=False)
     try:
-        explanation = view.explain(state, target, from_address)
+        explanation = view.explain(state, target, from_address, _elements_here(state))
     except QuestionError as error:
         fail(error)
     if output == "json":

@@ -9,7 +9,7 @@ from enum import Enum
 
 import msgspec
 
-from rules.objects import Network, parse_network
+from rules.objects import Address, Network, parse_address, parse_network
 from rules.tables import DEFAULT_MARK
 
 
@@ -33,6 +33,7 @@ class Options(msgspec.Struct, frozen=True):
     `zone` is that of the Node object where empty. `node_port_networks` are the networks whose
     addresses of this node answer at node ports; None stands for `primary`, the node's primary
     address per family. `interface` is the bridge's name or the prefix, as the mode has it.
+    `address` is the node's primary address of its family, whatever its Node says.
     """
 
     node: str
@@ -44,6 +45,7 @@ class Options(msgspec.Struct, frozen=True):
     cluster_cidrs: tuple[Network, ...] = ()
     interface: str = ""
     node_port_networks: tuple[Network, ...] | None = None
+    address: Address | None = None
 
 
 def options(
@@ -58,6 +60,7 @@ def options(
     pod_bridge_interface: str = "",
     pod_interface_name_prefix: str = "",
     nodeport_addresses: tuple[str, ...] = (),
+    bind_address: str = "",
 ) -> Options:
     """Options from flags. Raises ConfigError."""
     if not 0 <= masquerade_bit <= 31:
@@ -79,6 +82,7 @@ def options(
         cluster_cidrs=cidrs,
         interface=interface,
         node_port_networks=_node_port_networks(nodeport_addresses),
+        address=_own_address(bind_address),
     )
 
 
@@ -127,6 +131,16 @@ def _node_port_networks(texts: tuple[str, ...]) -> tuple[Network, ...] | None:
     if "primary" in wanted:
         raise ConfigError("--nodeport-addresses: `primary` cannot be combined with CIDRs")
     return _networks("--nodeport-addresses", wanted)
+
+
+def _own_address(text: str) -> Address | None:
+    """None for none and for the unspecified address, which chooses nothing."""
+    try:
+        if not text or ipaddress.ip_address(text).is_unspecified:
+            return None
+        return parse_address(text)
+    except ValueError as error:
+        raise ConfigError(f"--bind-address: {error}") from None
 
 
 def in_networks(address: bytes, networks: tuple[Network, ...]) -> bool:

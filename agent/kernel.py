@@ -257,21 +257,21 @@ class Kernel:
         table = string(1, TABLE)
         sets = {
             netlink.text(dict(attributes(body))[2]): body
-            for body in self._dump(netlink.GETSET, family, table)
+            for body in self.dump(netlink.GETSET, family, table)
         }
         chains: dict[str, bytes] = {}
-        for body in self._dump(netlink.GETCHAIN, family):
+        for body in self.dump(netlink.GETCHAIN, family):
             fields = dict(attributes(body))
             if netlink.text(fields[1]) == TABLE:
                 chains[netlink.text(fields[3])] = body
         rules: dict[str, list[bytes]] = {}
-        for body in self._dump(netlink.GETRULE, family, table):
+        for body in self.dump(netlink.GETRULE, family, table):
             rules.setdefault(netlink.text(dict(attributes(body))[2]), []).append(body)
         return Found(family, flags, owner, sets, chains, rules)
 
     def info(self, family: int) -> tuple[int, int | None] | None:
         """Flags and owner of the table, None if there is none."""
-        for body in self._dump(netlink.GETTABLE, family):
+        for body in self.dump(netlink.GETTABLE, family):
             fields = dict(attributes(body))
             if netlink.text(fields[1]) == TABLE:
                 flags = int.from_bytes(fields.get(2, b""), "big")
@@ -285,7 +285,7 @@ class Kernel:
         """All elements of a set of our tables."""
         request = string(1, TABLE) + string(2, owner.name)
         found: list[Element] = []
-        for body in self._dump(netlink.GETSETELEM, owner.family, request):
+        for body in self.dump(netlink.GETSETELEM, owner.family, request):
             for kind, payload in attributes(body):
                 if kind == 3:
                     found.extend(netlink.decode_elements(owner, payload))
@@ -302,8 +302,11 @@ class Kernel:
             if s.name in found.sets and not s.dynamic
         }
 
-    def _dump(self, kind: int, family: int, body: bytes = b"") -> list[bytes]:
-        """All answers to a dump, again if the ruleset changed while it ran."""
+    def dump(self, kind: int, family: int, body: bytes = b"") -> list[bytes]:
+        """The bodies of all answers to a dump (`kind` is netlink.GET*), of any tables.
+
+        It is asked again if the ruleset changed while it ran.
+        """
         while True:
             answers = []
             interrupted = False

@@ -14,17 +14,20 @@ from __future__ import annotations
 import gc
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
 
 from agent.conntrack import Flows
 from agent.events import Event, Synced
+from agent.health import HealthCheck, Heartbeat
 from agent.kernel import Kernel, KernelError, OwnedByOther, Stale, Watcher
+from agent.metrics import Recorder
 from agent.state import KernelView, State
 from rules.diff import Change
 from rules.language import Table
+from rules.objects import Name
 from rules.tables import FAMILIES
 from rules.transaction import Transaction, commands
 
@@ -70,26 +73,45 @@ def reader(kernel: Kernel) -> Callable[[Table], KernelView | None]:
     return read
 
 
+class Observers(NamedTuple):
+    """Who is told how it goes. `checks` gets the health check ports after each transaction."""
+
+    recorder: Recorder = Recorder()
+    heartbeat: Heartbeat = Heartbeat()
+    checks: Callable[[Mapping[Name, HealthCheck]], None] = lambda _: None
+
+
+_NOBODY = Observers()
+
+
 class Loop:
     """The agent's main loop. `put` may be called from any thread and from signal handlers."""
 
     def __init__(
-        self, state: State, kernel: Kernel, log: Log, *, show_elements: bool = False
+        self,
+        state: State,
+        kernel: Kernel,
+        log: Log,
+        *,
+        show_elements: bool = False,
+        observers: Observers = _NOBODY,
     ) -> None:
         self.state = state
         self._show_elements = show_elements
         self._kernel = kernel
         self._log = log
         self._flows = Flows(log)
-        self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._recorder, self._heartbeat, self._tell_checks = observers
+        self._queue: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
         self._synced = False
         self._doubt = True
+        self._disturbed = False
         self._failures = 0
         self._retry_at: float | None = None
 
     def put(self, message: Message) -> None:
         """Hands the loop something to do."""
-        self._queue.put(message)
+        self._queue.put((time.monotonic(), message))
 
     def run(self) -> None:
         """Works until `Stop`. Raises what a `Failed` message carries."""
@@ -107,23 +129,29 @@ class Loop:
     def _turn(self) -> bool:
         """Takes in everything that has come, then programs it. False once told to stop."""
         going = True
-        for message in self._messages():
+        for at, message in self._messages():
             match message:
                 case Stop():
                     going = False
                 case Disturbed():
-                    self._doubt = True
+                    self._doubt = self._disturbed = True
+                    self._heartbeat.queued()
                 case Failed(error):
                     raise error
                 case events:
                     self._synced = self._synced or any(isinstance(e, Synced) for e in events)
                     self.state.apply(events)
+                    self._recorder.told(events, at)
+                    self._heartbeat.queued()
+                    if self._synced:
+                        self._heartbeat.synced()
+        self._heartbeat.eligible(not self.state.node_leaving)
         self._report_notices()
         if going and self._synced and self._due():
             self._program()
         return going
 
-    def _messages(self) -> list[Message]:
+    def _messages(self) -> list[tuple[float, Message]]:
         timeout = None if self._retry_at is None else max(0.0, self._retry_at - time.monotonic())
         try:
             messages = [self._queue.get(timeout=timeout)]
@@ -154,7 +182,7 @@ class Loop:
                     self._apply(self.state.step(), started)
                 except Stale as error:
                     self._log.warning("tables are not as they were left", error=str(error))
-                    self._doubt = True
+                    self._doubt = self._disturbed = True
             if self._doubt:
                 self._resync()
         except OwnedByOther as error:
@@ -164,11 +192,15 @@ class Loop:
             delay = RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)]
             self._failures += 1
             self._retry_at = time.monotonic() + delay
+            self._recorder.failed()
             self._log.error("programming failed", error=str(error), retry_in_seconds=delay)
         else:
             if self._failures:
                 self._log.info("programming works again", failures=self._failures)
             self._failures = 0
+            self._heartbeat.programmed()
+            self._tell_checks(self.state.health_checks)
+            self._recorder.lacks(self.state.lacking)
         self._report_notices()
 
     def _wait_for_owner(self, error: OwnedByOther) -> None:
@@ -183,7 +215,9 @@ class Loop:
         self._kernel.take_over()
         transaction = self.state.resync(reader(self._kernel))
         self._apply(transaction, started, compared=True)
-        self._doubt = False
+        if self._disturbed and transaction:
+            self._recorder.repaired()
+        self._doubt = self._disturbed = False
         # what was loaded stays, so the collector need not walk it again and again
         gc.freeze()
         gc.enable()
@@ -196,6 +230,14 @@ class Loop:
         sent_at = time.perf_counter()
         size = self._kernel.apply(transaction) if transaction else 0
         done_at = time.perf_counter()
+        self._recorder.programmed(
+            transaction,
+            done_at - started,
+            done_at - sent_at,
+            elements=self.state.element_counts() if compared else None,
+        )
+        if transaction.tables:
+            self._recorder.has_rules(self.state.tables())
         for family in transaction.change.stale_affinity:
             self._forget(family)
         if not compared:  # behind the affinity map, which would bring a stale flow back

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 from agent.config import DetectLocalMode, Options, in_networks
 from agent.events import Delete, Event, NodeAddresses, Synced, Upsert
+from agent.health import HealthCheck, health_check
+from agent.metrics import no_local_endpoints
 from rules.conntrack import Flow, Serving, is_stale, is_udp
 from rules.diff import (
     Change,
@@ -85,6 +87,9 @@ class State:
         self.programs: dict[Name, Program] = {}
         self.installed: dict[Claim, Installed] = {}
         self.notices: list[Notice] = []
+        self.health_checks: dict[Name, HealthCheck] = {}
+        self.lacking: Counter[tuple[int, str]] = Counter()
+        self.node_leaving = False
         self._slice_owner: dict[Name, Name] = {}
         self._claimants: dict[Claim, tuple[Name, ...]] = {}
         self._rivals: dict[Claim, tuple[Name, frozenset[Name]]] = {}  # as they were told
@@ -129,6 +134,7 @@ class State:
                 if new.name != self.options.node or new == self.node:
                     return
                 self.node = new
+                self.node_leaving = new.leaving
             case ServiceCIDR():
                 if self.service_cidrs.get(new.name) == new:
                     return
@@ -145,6 +151,7 @@ class State:
         elif kind is Node:
             if name == self.options.node:
                 self.node = None
+                self.node_leaving = True
         elif kind is ServiceCIDR and isinstance(name, str):
             self.service_cidrs.pop(name, None)
 
@@ -183,10 +190,11 @@ class State:
         )
 
     def _primary(self) -> tuple[Address, ...]:
-        """The node's primary address per family: as its Node says, else as its routes do."""
+        """The node's primary address per family: as the options say, else its Node, its routes."""
         first: dict[int, Address] = {}
         declared = self.node.addresses if self.node else ()
-        for address in (*declared, *self.addresses.primary):
+        chosen = (self.options.address,) if self.options.address else ()
+        for address in (*chosen, *declared, *self.addresses.primary):
             first.setdefault(len(address), address)
         return tuple(first.values())
 
@@ -291,6 +299,10 @@ class State:
         for claim, installed in self.installed.items():
             yield from elements(claim, installed)
 
+    def element_counts(self) -> Counter[Set]:
+        """How many elements each set should have after the last step."""
+        return Counter(owner for owner, _, _ in self._all_elements())
+
     def tables(self) -> list[Table]:
         """The tables as they are wanted now."""
         return [build(self._layout(family)) for family in FAMILIES]
@@ -349,6 +361,7 @@ class State:
         ours = service is not None and self._ours(service)
         new = program(service, self.slices_of(name), self._around) if service and ours else NOTHING
         old = self.programs.get(name, NOTHING)
+        self._observe(name, service if ours else None, old, new)
         for element in new.shared ^ old.shared:
             counted.setdefault(element, self._counts[element] > 0)
             self._counts[element] += 1 if element in new.shared else -1
@@ -370,6 +383,18 @@ class State:
                 self._claim(claim, name, wants=claim in new.wanted)
         # a Service that was made anew is younger than before: others may win now
         return touched.union(c for c in new.wanted if len(self._claimants[c]) > 1)
+
+    def _observe(self, name: Name, service: Service | None, old: Program, new: Program) -> None:
+        """Keeps up what is told to load balancers and to metrics."""
+        node = self.options.node
+        check = health_check(service, self.slices_of(name), node) if service else None
+        if check:
+            self.health_checks[name] = check
+        else:
+            self.health_checks.pop(name, None)
+        for sign, program_ in ((-1, old), (1, new)):
+            for family, policy, _, _ in no_local_endpoints(program_):
+                self.lacking[family, policy] += sign
 
     def _claim(self, claim: Claim, name: Name, *, wants: bool) -> None:
         others = tuple(n for n in self._claimants.get(claim, ()) if n != name)

@@ -31,6 +31,7 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
 ZONE_LABEL = "topology.kubernetes.io/zone"
+LEAVING_TAINT = "ToBeDeletedByClusterAutoscaler"
 TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 
 MAX_ENDPOINTS_PER_SLICE = 1000  # the API server's own limit (validation of discovery/v1)
@@ -137,12 +138,16 @@ class EndpointSlice(msgspec.Struct, frozen=True):
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A Node: where it is, which addresses are its own, which networks its pods have."""
+    """A Node: where it is, which addresses are its own, which networks its pods have.
+
+    `leaving`: it is being deleted, or the cluster autoscaler is about to.
+    """
 
     name: str
     zone: str
     addresses: tuple[Address, ...]
     pod_cidrs: tuple[Network, ...]
+    leaving: bool = False
     problems: tuple[str, ...] = ()
 
 
@@ -168,6 +173,7 @@ class _Metadata(_Shape):
     name: str
     namespace: str | None = None
     creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
     labels: dict[str, str] | None = None
     annotations: dict[str, str] | None = None
 
@@ -276,7 +282,12 @@ class _NodeStatus(_Shape):
     addresses: list[_NodeAddress] | None = None
 
 
+class _Taint(_Shape):
+    key: str
+
+
 class _NodeSpec(_Shape):
+    taints: list[_Taint] | None = None
     pod_cidr: str | None = msgspec.field(default=None, name="podCIDR")
     pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
 
@@ -590,6 +601,8 @@ def _node(shape: _NodeShape) -> Node:
         zone=(shape.metadata.labels or {}).get(ZONE_LABEL, ""),
         addresses=problems.usable("status.addresses", parse_address, addresses),
         pod_cidrs=problems.usable("spec.podCIDRs", parse_network, cidrs),
+        leaving=shape.metadata.deletion_timestamp is not None
+        or any(taint.key == LEAVING_TAINT for taint in spec.taints or ()),
         problems=tuple(problems),
     )
 

@@ -26,11 +26,7 @@ from collections.abc import Sequence
 
 from rules.selection import Target
 
-LADDER = (
-    1,
-    *(width for power in range(1, 16) for width in (2**power, 3 * 2 ** (power - 1))),
-    65536,
-)
+LADDER = (1, *(width for n in range(15) for width in (2 << n, 3 << n)), 65536)
 """The widths: 1, 2, 3, 4, 6, 8, 12, 16, 24 ... 49152, 65536, each at most 1.5 times the one before
 (but for 1 and 2)."""
 

@@ -299,12 +299,21 @@ def _affinity_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
         return
     f = sets.fields
     # `ct original proto-dst` has a type only where the protocol is known: a rule for each
+    at_address = (f.original_daddr, f.protocol, f.original_dport)
+    at_node_port = (f.protocol, f.original_dport)
+    translated = Is(Status.TRANSLATED)
+    node_port = In((f.original_daddr,), sets.nodeport_ips)
     dispatch = tuple(
-        rule(Is(Status.TRANSLATED), IsProtocol(protocol), GoBy(key, sticky))
+        of_protocol
         for protocol in (TCP, UDP, SCTP)
-        for key, sticky in (
-            ((f.original_daddr, f.protocol, f.original_dport), sets.sticky_ips),
-            ((f.protocol, f.original_dport), sets.sticky_nodeports),
+        for of_protocol in (
+            rule(translated, IsProtocol(protocol), GoBy(at_address, sets.sticky_ips)),
+            rule(
+                translated,
+                IsProtocol(protocol),
+                node_port,
+                GoBy(at_node_port, sets.sticky_nodeports),
+            ),
         )
     )
     yield Chain("remember-forwarded", dispatch, Base("nat", Hook.POSTROUTING, 99))

@@ -1,0 +1,631 @@
+"""What is measured, by kube-proxy's names where it means the same, and by ours where it does not.
+
+The parts of the agent tell a `Recorder` what happens; that one forgets it. `Metrics` is a Recorder
+that remembers, in a registry of its own, and is the only thing here that loads prometheus_client,
+when it is made. So the loop can be run, tested and imported without it.
+
+Dashboards for kube-proxy go on working: a metric of kube-proxy's has its name, its labels
+(`ip_family` since 1.34), its buckets and its help text. Three differences of meaning are small and
+said here once:
+
+- one transaction programs both families, so durations are recorded for the families that it
+  touched, and timestamps and failures for both;
+- a *full* sync is a start or a repair, everything read back and compared; a *partial* one is
+  every other;
+- a sync that had nothing to do is not counted: there is none that runs by the clock.
+
+What kube-proxy counts of iptables and of loopback node ports is left out, for it would be 0.
+
+Recording costs a few microseconds for a transaction, an event or a map touched, and nothing that
+is proportional to the cluster: the number of elements is carried along from change to change and
+counted anew only when everything is read back anyway. Whatever can be computed is computed when
+somebody asks (`_Now`). Times are seconds; a time of day is seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+
+from agent.events import Delete, Event, Upsert
+from agent.health import NOT_FOUND, Answer, Log, Port, Request, Server, listen
+from rules.language import Set, Table
+from rules.objects import EndpointSlice, Name, Service
+from rules.program import Program
+from rules.transaction import Transaction
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter, Gauge, Histogram, Metric
+    from prometheus_client.registry import Collector, CollectorRegistry
+
+_M = TypeVar("_M", "Counter", "Gauge", "Histogram")
+
+IP_FAMILY = {4: "IPv4", 6: "IPv6"}
+WATCH_STATES = ("listing", "watching", "backing off", "stopped")
+"""What a source does for a resource (`agent.sources.kubernetes.Status`)."""
+
+# as kube-proxy has them (pkg/proxy/metrics); its list of the second kind begins with a 0, too
+SYNC_BUCKETS = tuple(0.001 * 2**i for i in range(15))
+PROGRAMMING_BUCKETS = (
+    0.0,
+    0.25,
+    0.5,
+    *(float(s) for s in range(1, 60)),
+    *(float(s) for s in range(60, 120, 5)),
+    *(float(s) for s in range(120, 301, 30)),
+)
+# ours begin lower: a change of one endpoint is programmed in well under a millisecond
+FINE_BUCKETS = tuple(0.0001 * 2**i for i in range(18))
+
+MAX_PENDING = 10_000
+"""Of so many events the latency is measured, while the kernel takes nothing."""
+
+
+class Watch(Protocol):
+    """How following a resource goes: what is needed here of `agent.sources.kubernetes.Status`."""
+
+    @property
+    def resource(self) -> str:
+        """Its plural name."""
+
+    @property
+    def state(self) -> str:
+        """One of WATCH_STATES."""
+
+    @property
+    def last_message(self) -> float | None:
+        """When the server last sent anything, by time.monotonic."""
+
+    @property
+    def relists(self) -> int:
+        """How often everything was listed again."""
+
+    @property
+    def errors(self) -> int:
+        """How many requests failed."""
+
+
+class Recorder:
+    """What the agent tells of itself. This one forgets it.
+
+    `told`, `programmed`, `failed`, `repaired` and `lacks` are called by the loop's thread alone,
+    the others by any.
+    """
+
+    def told(self, events: Iterable[Event], at: float) -> None:
+        """Events have come; `at` is when, by time.monotonic."""
+
+    def programmed(
+        self,
+        transaction: Transaction,
+        seconds: float,
+        kernel_seconds: float,
+        *,
+        elements: Mapping[Set, int] | None = None,
+    ) -> None:
+        """The kernel has all that was told. `seconds` is from computing to the kernel's answer,
+        `kernel_seconds` the kernel's part. `elements` is given by a full sync: how many there are
+        now."""
+
+    def has_rules(self, tables: Iterable[Table]) -> None:
+        """The tables as they are now; told when one changes."""
+
+    def failed(self) -> None:
+        """The kernel did not take a transaction."""
+
+    def repaired(self) -> None:
+        """Somebody else had changed the tables, and they are as they should be again."""
+
+    def lacks(self, counts: Mapping[tuple[int, str], int]) -> None:
+        """How many Service ports have policy Local, endpoints, but none here: by family and by
+        traffic policy, "internal" or "external"."""
+
+    def forgot_flows(self, family: int, flows: int, seconds: float) -> None:
+        """Connection tracking entries were deleted."""
+
+    def follows(self, watches: Callable[[], Iterable[Watch]]) -> None:
+        """There is a source; `watches` tells how it goes, and is asked at every scrape."""
+
+    def requested(self, method: str, code: int | str, host: str) -> None:
+        """A request to the API server was answered, or not: then `code` is <error>."""
+
+    def answered(self, path: str, code: int) -> None:
+        """/healthz or /livez was answered."""
+
+
+class Connections(NamedTuple):
+    """New connections through one frontend, or to one endpoint of it (else "")."""
+
+    service: Name
+    port: str
+    frontend: str
+    endpoint: str
+    connections: int
+
+
+class Metrics(Recorder):
+    """See the module. `version` is sliceproxy's.
+
+    `connections`, if given, is asked at every scrape, in the thread that answers it. What it costs
+    and yields is proportional to the number of frontends and endpoints in use.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        *,
+        connections: Callable[[], Iterable[Connections]] | None = None,
+    ) -> None:
+        import prometheus_client as prometheus
+
+        # each counter and histogram would have a second metric: when it was created
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry: CollectorRegistry = prometheus.CollectorRegistry(auto_describe=True)
+        self._render = prometheus.generate_latest
+        self._begun = time.time()
+        self._started = False
+        self._services = self._endpoints = 0
+        self._arrivals: list[float] = []
+        self._triggers: list[tuple[int, float]] = []
+        self.now = _Now(connections)
+        self._make_kube_proxys()
+        self._make_ours(version)
+        prometheus.ProcessCollector(registry=self.registry)
+        self.registry.register(_collector(self.now))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        from prometheus_client import Counter
+
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        from prometheus_client import Gauge
+
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        from prometheus_client import Histogram
+
+        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+
+    def _make_kube_proxys(self) -> None:
+        sync = "kubeproxy_sync_proxy_rules_"
+        full, partial = (
+            f"kubeproxy_sync_{kind}_proxy_rules_duration_seconds" for kind in ("full", "partial")
+        )
+        latency = "SyncProxyRules latency in seconds"
+        self._sync = _by_family(
+            self._histogram(f"{sync}duration_seconds", latency, SYNC_BUCKETS, "ip_family")
+        )
+        self._full, self._partial = (
+            _by_family(self._histogram(name, text, SYNC_BUCKETS, "ip_family"))
+            for name, text in (
+                (full, f"{latency} for full resyncs"),
+                (partial, f"{latency} for partial resyncs"),
+            )
+        )
+        self._programming = _by_family(
+            self._histogram(
+                "kubeproxy_network_programming_duration_seconds",
+                "In Cluster Network Programming Latency in seconds",
+                PROGRAMMING_BUCKETS,
+                "ip_family",
+            )
+        )
+        self._last_synced = _by_family(
+            self._gauge(
+                f"{sync}last_timestamp_seconds",
+                "The last time proxy rules were successfully synced",
+                "ip_family",
+            )
+        )
+        self._last_queued = _by_family(
+            self._gauge(
+                f"{sync}last_queued_timestamp_seconds",
+                "The last time a sync of proxy rules was queued",
+                "ip_family",
+            )
+        )
+        self._failures = _by_family(
+            self._counter(
+                f"{sync}nftables_sync_failures_total",
+                "Cumulative proxy nftables sync failures",
+                "ip_family",
+            )
+        )
+        kinds = (("service", "Service"), ("endpoint", "Endpoint"))
+        self._service_changes, self._endpoint_changes = (
+            self._counter(f"{sync}{kind}_changes_total", f"Cumulative proxy rules {name} changes")
+            for kind, name in kinds
+        )
+        self._services_pending, self._endpoints_pending = (
+            self._gauge(f"{sync}{kind}_changes_pending", f"Pending proxy rules {name} changes")
+            for kind, name in kinds
+        )
+        self._no_local = self._gauge(
+            f"{sync}no_local_endpoints_total",
+            "Number of services with a Local traffic policy and no endpoints",
+            "ip_family",
+            "traffic_policy",
+        )
+        for family, policy in itertools.product(IP_FAMILY.values(), ("internal", "external")):
+            self._no_local.labels(family, policy)
+        self._flows = _by_family(
+            self._counter(
+                "kubeproxy_conntrack_reconciler_deleted_entries_total",
+                "Cumulative conntrack flows deleted by conntrack reconciler",
+                "ip_family",
+            )
+        )
+        self._flow_time = _by_family(
+            self._histogram(
+                "kubeproxy_conntrack_reconciler_sync_duration_seconds",
+                "ReconcileConntrackFlowsLatency latency in seconds",
+                SYNC_BUCKETS,
+                "ip_family",
+            )
+        )
+        self._asked = {
+            f"/{name}": self._counter(
+                f"kubeproxy_proxy_{name}_total", f"Cumulative proxy {name} HTTP status", "code"
+            )
+            for name in ("healthz", "livez")
+        }
+        for asked in self._asked.values():
+            for code in ("200", "503"):
+                asked.labels(code)
+        self._requests = self._counter(
+            "rest_client_requests_total",
+            "Number of HTTP requests, partitioned by status code, method, and host.",
+            "code",
+            "method",
+            "host",
+        )
+
+    def _make_ours(self, version: str) -> None:
+        self._operations = self._counter(
+            "sliceproxy_element_operations_total",
+            "Elements added to and deleted from nf_tables maps and sets",
+            "operation",
+            "map",
+        )
+        # by operation and set; `labels` costs more than counting
+        self._counters: dict[tuple[str, str], Counter] = {}
+        self._transaction = self._histogram(
+            "sliceproxy_transaction_seconds",
+            "Time that the kernel took for a transaction",
+            FINE_BUCKETS,
+        )
+        self._latency = self._histogram(
+            "sliceproxy_event_to_kernel_seconds",
+            "Time from the arrival of events to the kernel's answer",
+            FINE_BUCKETS,
+        )
+        self._repairs = self._counter(
+            "sliceproxy_repairs_total",
+            "How often tables were put right that somebody else had changed",
+        )
+        self._start = self._gauge(
+            "sliceproxy_start_seconds",
+            "Time from the start of the process to the first complete programming",
+        )
+        self._gauge(
+            "sliceproxy_build_info",
+            "A constant 1, labelled by the versions of sliceproxy, Python and the kernel",
+            "version",
+            "python",
+            "kernel",
+        ).labels(version, platform.python_version(), platform.release()).set(1)
+
+    # what the loop tells
+
+    def told(self, events: Iterable[Event], at: float) -> None:
+        """See Recorder."""
+        services = endpoints = 0
+        for event in events:
+            match event:
+                case Upsert(EndpointSlice() as piece):
+                    endpoints += 1
+                    if piece.triggered:
+                        self._trigger(piece)
+                case Upsert(Service()):
+                    services += 1
+                case Delete(kind, _):
+                    endpoints += kind is EndpointSlice
+                    services += kind is Service
+        if len(self._arrivals) < MAX_PENDING:
+            self._arrivals.append(at)
+        self._services += services
+        self._endpoints += endpoints
+        self._service_changes.inc(services)
+        self._endpoint_changes.inc(endpoints)
+        self._services_pending.set(self._services)
+        self._endpoints_pending.set(self._endpoints)
+        now = time.time()
+        for gauge in self._last_queued.values():
+            gauge.set(now)
+
+    def _trigger(self, piece: EndpointSlice) -> None:
+        """Notes when what a slice tells had happened, unless before this process began: that
+        would measure how long the agent was away."""
+        try:
+            happened = datetime.fromisoformat(piece.triggered).timestamp()
+        except ValueError:
+            return
+        if happened > self._begun and piece.family and len(self._triggers) < MAX_PENDING:
+            self._triggers.append((piece.family, happened))
+
+    def programmed(
+        self,
+        transaction: Transaction,
+        seconds: float,
+        kernel_seconds: float,
+        *,
+        elements: Mapping[Set, int] | None = None,
+    ) -> None:
+        """See Recorder."""
+        if transaction:
+            self._transaction.observe(kernel_seconds)
+            kind = self._partial if elements is None else self._full
+            for family in _families(transaction):
+                self._sync[family].observe(seconds)
+                kind[family].observe(seconds)
+            self._count_elements(transaction, elements)
+        elif elements is not None:
+            self.now.elements = dict(elements)
+        self._done()
+
+    def _count_elements(self, transaction: Transaction, elements: Mapping[Set, int] | None) -> None:
+        change = transaction.change
+        counts = self.now.elements if elements is None else dict(elements)
+        for operation, sign, side in (("delete", -1, change.removed), ("add", 1, change.added)):
+            for owner, items in side.items():
+                self._operation(operation, owner.name).inc(len(items))
+                if elements is None:
+                    counts[owner] = counts.get(owner, 0) + sign * len(items)
+        self.now.elements = counts
+
+    def _operation(self, operation: str, name: str) -> Counter:
+        counter = self._counters.get((operation, name))
+        if counter is None:
+            counter = self._counters[operation, name] = self._operations.labels(operation, name)
+        return counter
+
+    def _done(self) -> None:
+        now, monotonic = time.time(), time.monotonic()
+        if not self._started:
+            self._started = True
+            self._start.set(_age_of_process())
+        for gauge in self._last_synced.values():
+            gauge.set(now)
+        for at in self._arrivals:
+            self._latency.observe(monotonic - at)
+        for family, happened in self._triggers:
+            self._programming[family].observe(max(0.0, now - happened))
+        self._arrivals.clear()
+        self._triggers.clear()
+        self._services = self._endpoints = 0
+        self._services_pending.set(0)
+        self._endpoints_pending.set(0)
+
+    def has_rules(self, tables: Iterable[Table]) -> None:
+        """See Recorder."""
+        self.now.rules = {t.family: sum(len(c.rules) for c in t.chains) for t in tables}
+
+    def failed(self) -> None:
+        """See Recorder."""
+        for counter in self._failures.values():
+            counter.inc()
+
+    def repaired(self) -> None:
+        """See Recorder."""
+        self._repairs.inc()
+
+    def lacks(self, counts: Mapping[tuple[int, str], int]) -> None:
+        """See Recorder."""
+        for family, policy in itertools.product(IP_FAMILY, ("internal", "external")):
+            self._no_local.labels(IP_FAMILY[family], policy).set(counts.get((family, policy), 0))
+
+    # what others tell
+
+    def forgot_flows(self, family: int, flows: int, seconds: float) -> None:
+        """See Recorder."""
+        self._flows[family].inc(flows)
+        self._flow_time[family].observe(seconds)
+
+    def follows(self, watches: Callable[[], Iterable[Watch]]) -> None:
+        """See Recorder."""
+        self.now.watches = watches
+
+    def requested(self, method: str, code: int | str, host: str) -> None:
+        """See Recorder."""
+        self._requests.labels(str(code), method, host).inc()
+
+    def answered(self, path: str, code: int) -> None:
+        """See Recorder."""
+        self._asked[path].labels(str(code)).inc()
+
+    # what is asked
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus's text format."""
+        return self._render(self.registry)
+
+
+class _Now:
+    """What is looked up when somebody asks. Values are replaced or set as a whole by one thread
+    and copied by the other, so that no lock is needed."""
+
+    def __init__(self, connections: Callable[[], Iterable[Connections]] | None) -> None:
+        self.elements: dict[Set, int] = {}
+        self.rules: dict[int, int] = {}
+        self.watches: Callable[[], Iterable[Watch]] | None = None
+        self._connections = connections
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as prometheus_client wants them."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        elements = GaugeMetricFamily(
+            "sliceproxy_elements", "Elements in nf_tables maps and sets", labels=["family", "map"]
+        )
+        for owner, count in self.elements.copy().items():
+            elements.add_metric([IP_FAMILY[owner.family], owner.name], count)
+        yield elements
+        rules = GaugeMetricFamily(
+            "sliceproxy_rules", "Rules in the table of a family", labels=["family"]
+        )
+        for family, count in self.rules.copy().items():
+            rules.add_metric([IP_FAMILY[family]], count)
+        yield rules
+        if self.watches is not None:
+            yield from _watch_metrics(self.watches())
+        if self._connections is not None:
+            yield from _connection_metrics(self._connections())
+
+
+def _watch_metrics(watches: Iterable[Watch]) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    states = GaugeMetricFamily(
+        "sliceproxy_watch_state",
+        "What the source does for a resource: 1 for the state that it is in",
+        labels=["resource", "state"],
+    )
+    ages = GaugeMetricFamily(
+        "sliceproxy_watch_last_message_age_seconds",
+        "Time since the API server last sent something for a resource",
+        labels=["resource"],
+    )
+    relists, errors = (
+        CounterMetricFamily(f"sliceproxy_watch_{name}", text, labels=["resource"])
+        for name, text in (
+            ("relists", "How often a resource was listed again"),
+            ("errors", "Requests of lists and watches that failed"),
+        )
+    )
+    now = time.monotonic()
+    for watch in watches:
+        for state in WATCH_STATES:
+            states.add_metric([watch.resource, state], state == watch.state)
+        if watch.last_message is not None:
+            ages.add_metric([watch.resource], now - watch.last_message)
+        relists.add_metric([watch.resource], watch.relists)
+        errors.add_metric([watch.resource], watch.errors)
+    yield from (states, ages, relists, errors)
+
+
+def _connection_metrics(found: Iterable[Connections]) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily
+
+    by_service = CounterMetricFamily(
+        "sliceproxy_service_connections",
+        "New connections through an address of a Service",
+        labels=["namespace", "service", "port", "frontend"],
+    )
+    by_endpoint = CounterMetricFamily(
+        "sliceproxy_endpoint_connections",
+        "New connections to an endpoint through an address of a Service; not those of clients"
+        " whom session affinity has sent there before",
+        labels=["namespace", "service", "port", "frontend", "endpoint"],
+    )
+    for one in found:
+        labels = [one.service.namespace, one.service.name, one.port, one.frontend]
+        if one.endpoint:
+            by_endpoint.add_metric([*labels, one.endpoint], one.connections)
+        else:
+            by_service.add_metric(labels, one.connections)
+    yield by_service
+    yield by_endpoint
+
+
+def _collector(now: _Now) -> Collector:
+    from prometheus_client.registry import Collector
+
+    class Now(Collector):
+        def collect(self) -> Iterator[Metric]:
+            return now.collect()
+
+    return Now()
+
+
+def _by_family(metric: _M) -> dict[int, _M]:
+    """The metric's children by family number: they are there from the start, at 0."""
+    return {number: metric.labels(name) for number, name in IP_FAMILY.items()}
+
+
+def _families(transaction: Transaction) -> set[int]:
+    """The families that a transaction touches."""
+    change = transaction.change
+    return {owner.family for side in (change.removed, change.added) for owner in side} | {
+        t.family for t in transaction.tables if not t.empty
+    }
+
+
+def _age_of_process() -> float:
+    """Seconds since the kernel started this process."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
+        # the name, second and in parentheses, may hold anything; the start time is field 22
+        ticks = int(stat.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def no_local_endpoints(program: Program) -> frozenset[tuple[int, str, str, int]]:
+    """The ports of a Service with traffic policy Local for which this node has nothing, though
+    there are endpoints elsewhere: family, policy, port name, protocol."""
+    return frozenset(
+        (
+            wanted.frontend.family,
+            "external" if wanted.frontend.external else "internal",
+            wanted.frontend.service_port.name,
+            wanted.frontend.protocol,
+        )
+        for wanted in program.wanted.values()
+        if wanted.frontend.local
+        and not wanted.endpoints
+        and any(owner.name.startswith("drop-") for owner, _, _ in wanted.elements)
+    )
+
+
+# --- the server ---------------------------------------------------------------------------------
+
+_TEXT = (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),)
+
+
+class MetricsServer:
+    """/metrics at `place` (host and port), in a thread of its own, so that no load balancer waits
+    for a scrape. With `hard_fail` a place that cannot be opened is an OSError of `start`."""
+
+    def __init__(
+        self, metrics: Metrics, log: Log, place: tuple[str, int], *, hard_fail: bool = False
+    ) -> None:
+        self._metrics = metrics
+        self._port = Port(*place, "/metrics", self._respond)
+        self._hard_fail = hard_fail
+        self._server = Server("metrics", log)
+
+    def start(self) -> None:
+        """Starts to answer. Raises OSError if `hard_fail`."""
+        opened = listen(self._port.host, self._port.number) if self._hard_fail else None
+        self._server.serve(self._port, opened)
+        self._server.start()
+
+    def stop(self) -> None:
+        """Closes the port."""
+        self._server.stop()
+
+    def settle(self) -> bool:
+        """Waits until the port has been tried. For tests."""
+        return self._server.settle()
+
+    def _respond(self, request: Request) -> Answer:
+        if request.path != "/metrics":
+            return NOT_FOUND
+        return Answer(200, _TEXT, self._metrics.text())

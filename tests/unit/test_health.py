@@ -1,0 +1,530 @@
+"""Health: codes, bodies and headers as load balancers and kubelets meet them, over real HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import structlog
+
+from agent import health as subject
+from agent.health import (
+    Answer,
+    HealthCheck,
+    HealthServers,
+    Heartbeat,
+    Port,
+    Request,
+    Server,
+    health_check,
+    listen,
+    parsed,
+    proxy_answer,
+)
+from rules.objects import READY, SERVING, TCP, TERMINATING, Endpoint, EndpointSlice, Name, SlicePort
+from rules.objects import Service as ServiceObject
+
+WEB = Name("shop", "web")
+DNS = Name("kube-system", "dns")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(port: int, path: str = "/healthz", method: str = "GET", host: str = "127.0.0.1") -> Reply:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return Reply(answer.status, answer.headers, answer.read())
+    finally:
+        connection.close()
+
+
+def free_port() -> int:
+    with listen("", 0) as sock:
+        return int(sock.getsockname()[1])
+
+
+def log(lines: list[dict[str, Any]] | None = None) -> subject.Log:
+    """A logger that keeps its lines, whatever other tests have made of structlog's global one."""
+
+    def keep(_logger: object, level: str, event: Any) -> Any:
+        if lines is not None:
+            lines.append({**event, "log_level": level})
+        raise structlog.DropEvent
+
+    logger: subject.Log = structlog.wrap_logger(
+        None, processors=[keep], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    return logger
+
+
+class World(NamedTuple):
+    clock: Clock
+    heartbeat: Heartbeat
+    servers: HealthServers
+    port: int
+    answered: list[tuple[str, int]]
+    lines: list[dict[str, Any]]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    clock, port = Clock(), free_port()
+    answered: list[tuple[str, int]] = []
+    lines: list[dict[str, Any]] = []
+    heartbeat = Heartbeat(120, clock, lambda: 1_800_000_000 + clock.now)
+    servers = HealthServers(
+        heartbeat,
+        log(lines),
+        ("0.0.0.0", port),
+        answered=lambda path, status: answered.append((path, status)),
+        retry_seconds=0.05,
+    )
+    servers.start()
+    assert servers.settle()
+    yield World(clock, heartbeat, servers, port, answered, lines)
+    servers.stop()
+
+
+# --- /healthz and /livez ------------------------------------------------------------------------
+
+
+def test_before_the_first_sync(world: World) -> None:
+    reply = ask(world.port)
+    assert reply.status == 200
+    assert reply.json == {
+        "lastUpdated": "2027-01-15T08:16:40Z",
+        "currentTime": "2027-01-15T08:16:40Z",
+        "nodeEligible": True,
+        "healthy": True,
+    }
+    assert reply.headers["Content-Type"] == "application/json"
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert reply.headers["Content-Length"] == str(len(reply.body))
+
+
+def test_changes_that_wait_for_the_first_complete_list_do_not_make_it_unhealthy(
+    world: World,
+) -> None:
+    world.heartbeat.queued()
+    world.clock.now += 10_000
+    assert ask(world.port).status == 200
+    world.heartbeat.synced()
+    world.clock.now += 119
+    assert ask(world.port).status == 200
+
+
+def test_a_first_transaction_that_never_gets_through_is_unhealthy(world: World) -> None:
+    world.heartbeat.queued()
+    world.heartbeat.synced()
+    world.clock.now += 120
+    for path in ("/healthz", "/livez"):
+        reply = ask(world.port, path)
+        assert reply.status == 503
+        assert reply.json["lastUpdated"] == "0001-01-01T00:00:00Z"
+        assert reply.json["healthy"] is False
+        assert "status" not in reply.json
+
+
+def test_after_the_first_sync(world: World) -> None:
+    world.heartbeat.queued()
+    world.heartbeat.synced()
+    world.heartbeat.programmed()
+    world.clock.now += 10_000
+    families = {"lastUpdated": "2027-01-15T08:16:40Z", "healthy": True}
+    now = "2027-01-15T11:03:20Z"
+    assert ask(world.port).json == {
+        "lastUpdated": now,
+        "currentTime": now,
+        "nodeEligible": True,
+        "healthy": True,
+        "status": {"IPv4": families, "IPv6": families},
+    }
+    assert ask(world.port, "/livez").json == {
+        "lastUpdated": now,
+        "currentTime": now,
+        "healthy": True,
+        "status": {"IPv4": families, "IPv6": families},
+    }
+    # the order, too, is kube-proxy's
+    assert ask(world.port).body.startswith(b'{"lastUpdated":"')
+
+
+def test_a_stuck_kernel_write(world: World) -> None:
+    world.heartbeat.synced()
+    world.heartbeat.programmed()
+    world.clock.now += 1000
+    world.heartbeat.queued()
+    world.clock.now += 100
+    world.heartbeat.queued()  # the oldest one counts
+    world.clock.now += 19.9
+    assert ask(world.port).status == 200
+    world.clock.now += 0.1
+    for path in ("/healthz", "/livez"):
+        reply = ask(world.port, path)
+        assert reply.status == 503
+        assert reply.json["healthy"] is False
+        assert reply.json["lastUpdated"] == "2027-01-15T08:16:40Z"
+        assert reply.json["status"]["IPv6"]["healthy"] is False
+    world.heartbeat.programmed()
+    assert ask(world.port).status == 200
+
+
+def test_a_node_that_is_about_to_go(world: World) -> None:
+    world.heartbeat.synced()
+    world.heartbeat.programmed()
+    world.heartbeat.eligible(False)
+    reply = ask(world.port)
+    assert reply.status == 503
+    assert (reply.json["nodeEligible"], reply.json["healthy"]) == (False, True)
+    live = ask(world.port, "/livez")
+    assert live.status == 200
+    assert "nodeEligible" not in live.json
+    world.heartbeat.eligible(True)
+    assert ask(world.port).status == 200
+
+
+def test_answers_are_counted(world: World) -> None:
+    world.heartbeat.eligible(False)
+    ask(world.port)
+    ask(world.port, "/livez?verbose")
+    assert world.answered == [("/healthz", 503), ("/livez", 200)]
+
+
+def test_other_paths(world: World) -> None:
+    reply = ask(world.port, "/")
+    assert (reply.status, reply.body) == (404, b"404 page not found\n")
+    assert world.answered == []
+
+
+def test_other_methods_are_answered_as_by_kube_proxy(world: World) -> None:
+    head = ask(world.port, method="HEAD")
+    assert (head.status, head.body) == (200, b"")
+    assert int(head.headers["Content-Length"]) > 0
+    assert ask(world.port, method="POST").status == 200
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+def test_the_unspecified_address_means_both_families(world: World) -> None:
+    assert ask(world.port, host="::1").status == 200
+
+
+def test_times_have_fractions_and_a_zone() -> None:
+    answer = proxy_answer(subject.Health(True, True, 1.5, 2.25), node=False)
+    assert json.loads(answer.body)["currentTime"] == "1970-01-01T00:00:02.250000Z"
+
+
+# --- Services' ports ----------------------------------------------------------------------------
+
+
+def test_a_services_health_check_port(world: World) -> None:
+    port = free_port()
+    world.servers.update({WEB: HealthCheck(port, 2)})
+    world.servers.settle()
+    reply = ask(port, "/")
+    assert reply.status == 200
+    assert reply.json == {
+        "service": {"namespace": "shop", "name": "web"},
+        "localEndpoints": 2,
+        "serviceProxyHealthy": True,
+    }
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert reply.headers["X-Load-Balancing-Endpoint-Weight"] == "2"
+    assert reply.headers["Content-Type"] == "application/json"
+    assert reply.body == (
+        b'{\n\t"service": {\n\t\t"namespace": "shop",\n\t\t"name": "web"\n\t},\n'
+        b'\t"localEndpoints": 2,\n\t"serviceProxyHealthy": true\n}'
+    )
+    assert ask(port, "/any/path").status == 200
+
+
+def test_no_endpoint_here_is_503(world: World) -> None:
+    port = free_port()
+    world.servers.update({WEB: HealthCheck(port, 1)})
+    world.servers.update({WEB: HealthCheck(port, 0)})
+    world.servers.settle()
+    reply = ask(port)
+    assert reply.status == 503
+    assert reply.json["localEndpoints"] == 0
+    assert reply.headers["X-Load-Balancing-Endpoint-Weight"] == "0"
+
+
+def test_an_unhealthy_proxy_is_503_but_a_node_about_to_go_is_not(world: World) -> None:
+    port = free_port()
+    world.servers.update({WEB: HealthCheck(port, 3)})
+    world.servers.settle()
+    world.heartbeat.eligible(False)
+    assert ask(port).status == 200
+    world.heartbeat.synced()
+    world.heartbeat.queued()
+    world.clock.now += 121
+    reply = ask(port)
+    assert reply.status == 503
+    assert (reply.json["localEndpoints"], reply.json["serviceProxyHealthy"]) == (3, False)
+
+
+def test_ports_open_close_and_move(world: World) -> None:
+    one, two = free_port(), free_port()
+    world.servers.update({WEB: HealthCheck(one, 1), DNS: HealthCheck(two, 2)})
+    world.servers.settle()
+    assert ask(two).json["service"]["name"] == "dns"
+    world.servers.update({WEB: HealthCheck(two, 1), DNS: HealthCheck(one, 2)})  # they swap
+    world.servers.settle()
+    assert ask(two).json["service"]["name"] == "web"
+    assert ask(one).json["service"]["name"] == "dns"
+    world.servers.update({DNS: HealthCheck(one, 2)})
+    world.servers.settle()
+    with pytest.raises(ConnectionRefusedError):
+        ask(two)
+    assert ask(one).status == 200
+
+
+def test_a_port_that_is_taken_is_one_warning_and_tried_again(world: World) -> None:
+    with listen("", 0) as other:
+        port = other.getsockname()[1]
+        world.servers.update({WEB: HealthCheck(port, 1)})
+        time.sleep(0.3)  # several retries
+        world.servers.settle()
+        warnings = [line for line in world.lines if line["log_level"] == "warning"]
+        assert [w["event"] for w in warnings] == ["health check of shop/web is not served"]
+        assert warnings[0]["port"] == port
+        assert "in use" in warnings[0]["error"]
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            assert ask(port).status == 200
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_a_port_that_is_taken_and_then_not_wanted_is_not_tried_again(world: World) -> None:
+    with listen("", 0) as other:
+        port = other.getsockname()[1]
+        world.servers.update({WEB: HealthCheck(port, 1)})
+        world.servers.update({})
+        world.servers.settle()
+    time.sleep(0.2)
+    with pytest.raises(ConnectionRefusedError):
+        ask(port)
+
+
+def test_a_number_that_is_no_port_harms_nobody(world: World) -> None:
+    port = free_port()
+    world.servers.update({WEB: HealthCheck(99999, 1), DNS: HealthCheck(port, 1)})
+    world.servers.settle()
+    assert [line["port"] for line in world.lines] == [99999]
+    assert ask(port).status == 200
+
+
+def test_five_hundred_services_cost_one_thread(world: World) -> None:
+    before = threading.active_count()
+    names = [Name("many", f"s{i}") for i in range(500)]
+    sockets = [listen("", 0) for _ in names]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    began = time.perf_counter()
+    world.servers.update({n: HealthCheck(p, 1) for n, p in zip(names, ports, strict=True)})
+    told = time.perf_counter() - began
+    world.servers.settle()
+    assert threading.active_count() == before
+    assert told < 0.2
+    assert ask(ports[-1]).json["service"]["name"] == "s499"
+
+
+# --- the server ---------------------------------------------------------------------------------
+
+
+def test_hard_fail_raises() -> None:
+    with listen("", 0) as other:
+        servers = HealthServers(
+            Heartbeat(), log(), ("0.0.0.0", other.getsockname()[1]), hard_fail=True
+        )
+        with pytest.raises(OSError, match="in use"):
+            servers.start()
+
+
+def test_no_place_is_no_server() -> None:
+    servers = HealthServers(Heartbeat(), log(), None)
+    servers.start()
+    servers.stop()
+
+
+def exchange(port: int, *pieces: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+        for piece in pieces:
+            sock.sendall(piece)
+            time.sleep(0.01)
+        received = b""
+        while data := sock.recv(4096):
+            received += data
+        return received
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",),
+        (b"GET /li", b"vez HTTP/1.0\r\n", b"\r\n"),
+        (b"GET /livez HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",),
+    ],
+)
+def test_requests_in_any_pieces(world: World, pieces: tuple[bytes, ...]) -> None:
+    answer = exchange(world.port, *pieces)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"}")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /livez SPDY/3\r\n\r\n", 400),
+        (b"GET http://x/livez HTTP/1.1\r\n\r\n", 400),
+        (b"GET /livez HTTP/1.1\r\nno colon\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\r\n\r\n", 400),
+        (b"GET /" + b"x" * 20000, 431),
+    ],
+)
+def test_what_is_no_request(world: World, head: bytes, status: int) -> None:
+    assert exchange(world.port, head).startswith(f"HTTP/1.1 {status} ".encode())
+    assert ask(world.port).status == 200
+
+
+def test_clients_that_say_nothing_do_not_keep_others_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "SECONDS_PER_CONNECTION", 0.3)
+    idle = [socket.create_connection(("127.0.0.1", world.port)) for _ in range(300)]
+    try:
+        assert ask(world.port).status == 200
+        idle[-1].settimeout(5)
+        assert idle[-1].recv(1) == b""  # hung up on
+    finally:
+        for sock in idle:
+            sock.close()
+
+
+def test_a_client_that_resets_harms_nobody(world: World) -> None:
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", world.port)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+    assert ask(world.port).status == 200
+
+
+def test_large_answers_and_broken_responders() -> None:
+    body = os.urandom(5_000_000)
+
+    def respond(request: Request) -> Answer:
+        if request.path == "/broken":
+            raise RuntimeError("broken")
+        return Answer(200, (), body)
+
+    lines: list[dict[str, Any]] = []
+    server = Server("test", log(lines))
+    with listen("127.0.0.1", 0) as sock:
+        server.start()
+        server.serve(Port("127.0.0.1", 0, "test", respond), sock)
+        server.settle()
+        port = sock.getsockname()[1]
+        assert ask(port, "/").body == body
+        assert ask(port, "/broken").status == 500
+        assert lines[0]["event"] == "request failed"
+        assert ask(port, "/").status == 200
+        server.stop()
+
+
+def test_heads_are_parsed() -> None:
+    request = parsed(b"GET /a?b=c HTTP/1.1\r\nAccept: x\r\nX-Y:  z \r\n\r\nrest")
+    assert request == Request("GET", "/a", {"accept": "x", "x-y": "z"})
+
+
+# --- which endpoints count ----------------------------------------------------------------------
+
+
+def service(**changes: Any) -> ServiceObject:
+    fields: dict[str, Any] = {
+        "name": WEB,
+        "created": "",
+        "labels": {},
+        "proxied": True,
+        "cluster_ips": (),
+        "external_ips": (),
+        "load_balancer_ips": (),
+        "ports": (),
+        "internal_local": False,
+        "external_local": True,
+        "affinity_seconds": 0,
+        "source_ranges": (),
+        "health_check_node_port": 32000,
+    }
+    return ServiceObject(**{**fields, **changes})
+
+
+def piece(family: int, *endpoints: tuple[str, int, str], ports: int = 1) -> EndpointSlice:
+    return EndpointSlice(
+        Name("shop", "web-x"),
+        WEB,
+        {},
+        family,
+        tuple(SlicePort(str(i), TCP, 8000 + i) for i in range(ports)),
+        tuple(Endpoint(ipaddress.ip_address(a).packed, c, n) for a, c, n in endpoints),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "slices", "expected"),
+    [
+        ({}, [], 0),
+        ({}, [piece(4, ("10.0.0.1", READY | SERVING, "here"))], 1),
+        ({}, [piece(4, ("10.0.0.1", READY | SERVING, "there"))], 0),
+        ({}, [piece(4, ("10.0.0.1", SERVING | TERMINATING, "here"))], 0),
+        ({}, [piece(4, ("10.0.0.1", READY, "here"), ports=3)], 1),
+        ({}, [piece(4, ("10.0.0.1", READY, "here"), ports=0)], 0),
+        ({}, [piece(4, ("10.0.0.1", READY, "here"))] * 2, 1),
+        (
+            {},
+            [
+                piece(4, ("10.0.0.1", READY, "here"), ("10.0.0.2", READY, "here")),
+                piece(6, ("fd00::1", READY, "here")),
+            ],
+            2,
+        ),
+        ({"external_local": False}, [], None),
+        ({"health_check_node_port": 0}, [], None),
+        ({"proxied": False}, [], None),
+    ],
+)
+def test_local_ready_endpoints(
+    changes: dict[str, Any], slices: list[EndpointSlice], expected: int | None
+) -> None:
+    check = health_check(service(**changes), slices, "here")
+    assert (check and check.endpoints) == expected

@@ -1,0 +1,471 @@
+"""Metrics: names, types, help and labels as a scraper reads them, and that they count right."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from http.client import HTTPConnection
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import pytest
+import structlog
+from prometheus_client.parser import text_string_to_metric_families
+
+from agent.events import Delete, NodeAddresses, Synced, Upsert
+from agent.health import listen
+from agent.metrics import (
+    PROGRAMMING_BUCKETS,
+    SYNC_BUCKETS,
+    WATCH_STATES,
+    Connections,
+    Metrics,
+    MetricsServer,
+    Recorder,
+    no_local_endpoints,
+)
+from rules.diff import Change
+from rules.objects import Endpoint, EndpointSlice, Name, Service, ServicePort, SlicePort
+from rules.program import Surroundings, program
+from rules.selection import Place
+from rules.tables import SETS, Layout, build
+from rules.transaction import TableChange, Transaction
+
+WEB = Name("shop", "web")
+SYNC = "kubeproxy_sync_proxy_rules_"
+
+
+def service(**changes: Any) -> Service:
+    fields: dict[str, Any] = {
+        "name": WEB,
+        "created": "",
+        "labels": {},
+        "proxied": True,
+        "cluster_ips": (b"\x0a\x60\0\1",),
+        "external_ips": (),
+        "load_balancer_ips": (),
+        "ports": (ServicePort("http", 6, 80, 30080), ServicePort("alt", 6, 81, 0)),
+        "internal_local": False,
+        "external_local": False,
+        "affinity_seconds": 0,
+        "source_ranges": (),
+        "health_check_node_port": 0,
+    }
+    return Service(**{**fields, **changes})
+
+
+def piece(family: int = 4, triggered: str = "", node: str = "here") -> EndpointSlice:
+    endpoint = Endpoint(b"\x0a\0\0\1" if family == 4 else bytes(15) + b"\1", 3, node)
+    ports = (SlicePort("http", 6, 8080), SlicePort("alt", 6, 8081))
+    return EndpointSlice(Name("shop", "web-x"), WEB, {}, family, ports, (endpoint,), triggered)
+
+
+def change(added: dict[Any, int], removed: dict[Any, int] | None = None) -> Change:
+    made = Change()
+    for owner, count in added.items():
+        made.added[owner] = [(bytes([i]), None) for i in range(count)]
+    for owner, count in (removed or {}).items():
+        made.removed[owner] = [(bytes([i]), None) for i in range(count)]
+    return made
+
+
+def step(added: dict[Any, int], removed: dict[Any, int] | None = None) -> Transaction:
+    return Transaction((), change(added, removed))
+
+
+NOTHING = Transaction((), Change())
+
+
+def families(metrics: Metrics) -> dict[str, Any]:
+    return {f.name: f for f in text_string_to_metric_families(metrics.text().decode())}
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    for family in families(metrics).values():
+        for sample in family.samples:
+            if sample.name == name and sample.labels == labels:
+                return float(sample.value)
+    return None
+
+
+class Watched(NamedTuple):
+    resource: str
+    state: str
+    last_message: float | None
+    relists: int = 2
+    errors: int = 3
+
+
+WATCHES = [Watched("services", "watching", 1.0), Watched("nodes", "backing off", None)]
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    made = Metrics("0.1.0")
+    made.follows(lambda: WATCHES)
+    return made
+
+
+# --- names --------------------------------------------------------------------------------------
+
+FAMILY = {"ip_family"}
+KUBE_PROXYS: dict[str, tuple[str, set[str], str]] = {
+    # of the metrics reference of Kubernetes
+    f"{SYNC}duration_seconds": ("histogram", FAMILY, "SyncProxyRules latency in seconds"),
+    "kubeproxy_sync_full_proxy_rules_duration_seconds": (
+        "histogram",
+        FAMILY,
+        "SyncProxyRules latency in seconds for full resyncs",
+    ),
+    "kubeproxy_sync_partial_proxy_rules_duration_seconds": (
+        "histogram",
+        FAMILY,
+        "SyncProxyRules latency in seconds for partial resyncs",
+    ),
+    "kubeproxy_network_programming_duration_seconds": (
+        "histogram",
+        FAMILY,
+        "In Cluster Network Programming Latency in seconds",
+    ),
+    f"{SYNC}last_timestamp_seconds": (
+        "gauge",
+        FAMILY,
+        "The last time proxy rules were successfully synced",
+    ),
+    f"{SYNC}last_queued_timestamp_seconds": (
+        "gauge",
+        FAMILY,
+        "The last time a sync of proxy rules was queued",
+    ),
+    f"{SYNC}nftables_sync_failures": (
+        "counter",
+        FAMILY,
+        "Cumulative proxy nftables sync failures",
+    ),
+    f"{SYNC}service_changes": ("counter", set(), "Cumulative proxy rules Service changes"),
+    f"{SYNC}service_changes_pending": ("gauge", set(), "Pending proxy rules Service changes"),
+    f"{SYNC}endpoint_changes": ("counter", set(), "Cumulative proxy rules Endpoint changes"),
+    f"{SYNC}endpoint_changes_pending": ("gauge", set(), "Pending proxy rules Endpoint changes"),
+    f"{SYNC}no_local_endpoints_total": (
+        "gauge",
+        {"ip_family", "traffic_policy"},
+        "Number of services with a Local traffic policy and no endpoints",
+    ),
+    "kubeproxy_conntrack_reconciler_deleted_entries": (
+        "counter",
+        FAMILY,
+        "Cumulative conntrack flows deleted by conntrack reconciler",
+    ),
+    "kubeproxy_conntrack_reconciler_sync_duration_seconds": (
+        "histogram",
+        FAMILY,
+        "ReconcileConntrackFlowsLatency latency in seconds",
+    ),
+    "kubeproxy_proxy_healthz": ("counter", {"code"}, "Cumulative proxy healthz HTTP status"),
+    "kubeproxy_proxy_livez": ("counter", {"code"}, "Cumulative proxy livez HTTP status"),
+    "rest_client_requests": (
+        "counter",
+        {"code", "method", "host"},
+        "Number of HTTP requests, partitioned by status code, method, and host.",
+    ),
+}
+OURS: dict[str, tuple[str, set[str]]] = {
+    "sliceproxy_elements": ("gauge", {"family", "map"}),
+    "sliceproxy_element_operations": ("counter", {"operation", "map"}),
+    "sliceproxy_transaction_seconds": ("histogram", set()),
+    "sliceproxy_event_to_kernel_seconds": ("histogram", set()),
+    "sliceproxy_watch_state": ("gauge", {"resource", "state"}),
+    "sliceproxy_watch_last_message_age_seconds": ("gauge", {"resource"}),
+    "sliceproxy_watch_relists": ("counter", {"resource"}),
+    "sliceproxy_watch_errors": ("counter", {"resource"}),
+    "sliceproxy_repairs": ("counter", set()),
+    "sliceproxy_rules": ("gauge", {"family"}),
+    "sliceproxy_start_seconds": ("gauge", set()),
+    "sliceproxy_build_info": ("gauge", {"version", "python", "kernel"}),
+}
+
+
+def exercise(metrics: Recorder) -> None:
+    metrics.told([Upsert(service()), Upsert(piece()), Synced()], time.monotonic())
+    metrics.programmed(step({SETS[4].endpoints: 2}), 0.01, 0.001)
+    metrics.has_rules([build(Layout(4)), build(Layout(6))])
+    metrics.failed()
+    metrics.repaired()
+    metrics.lacks({(4, "external"): 3})
+    metrics.forgot_flows(4, 2, 0.01)
+    metrics.requested("GET", 200, "10.96.0.1:443")
+    metrics.answered("/healthz", 200)
+
+
+def test_all_names_types_labels_and_help_texts(metrics: Metrics) -> None:
+    exercise(metrics)
+    found = families(metrics)
+    assert {n for n in found if not n.startswith("process_")} == {*KUBE_PROXYS, *OURS}
+    for name, (kind, labels, text) in KUBE_PROXYS.items():
+        assert (found[name].type, found[name].documentation) == (kind, text)
+        assert {label for s in found[name].samples for label in s.labels} - {"le"} == labels
+    for name, (kind, labels) in OURS.items():
+        assert found[name].type == kind
+        assert {label for s in found[name].samples for label in s.labels} - {"le"} == labels
+    assert {"process_cpu_seconds", "process_resident_memory_bytes"} <= set(found)
+    assert {"process_open_fds", "process_start_time_seconds"} <= set(found)
+
+
+def test_what_promtool_would_say(metrics: Metrics) -> None:
+    exercise(metrics)
+    for family in families(metrics).values():
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", family.name)
+        assert family.documentation
+        assert all(s.name.endswith("_total") for s in family.samples if family.type == "counter")
+        if family.name.startswith("sliceproxy_"):
+            assert family.name.islower()
+            assert "total" not in family.name
+            assert not re.search(r"milli|micro|minutes|kilobytes", family.name)
+            assert family.documentation[0].isupper()
+            assert not family.documentation.endswith(".")
+
+
+def test_buckets_are_kube_proxys() -> None:
+    assert (SYNC_BUCKETS[0], SYNC_BUCKETS[-1], len(SYNC_BUCKETS)) == (0.001, 16.384, 15)
+    assert PROGRAMMING_BUCKETS[:5] == (0, 0.25, 0.5, 1, 2)
+    assert PROGRAMMING_BUCKETS[-8:] == (115, 120, 150, 180, 210, 240, 270, 300)
+    assert len(PROGRAMMING_BUCKETS) == 81
+    assert sorted(set(PROGRAMMING_BUCKETS)) == list(PROGRAMMING_BUCKETS)
+
+
+def test_what_can_be_zero_is_there_from_the_start(metrics: Metrics) -> None:
+    assert value(metrics, "kubeproxy_proxy_healthz_total", code="503") == 0
+    assert value(metrics, f"{SYNC}nftables_sync_failures_total", ip_family="IPv6") == 0
+    labels = {"ip_family": "IPv4", "traffic_policy": "internal"}
+    assert value(metrics, f"{SYNC}no_local_endpoints_total", **labels) == 0
+    assert value(metrics, "sliceproxy_repairs_total") == 0
+
+
+# --- counting -----------------------------------------------------------------------------------
+
+
+def test_changes_are_pending_until_they_are_programmed(metrics: Metrics) -> None:
+    events = [
+        Upsert(service()),
+        Upsert(piece()),
+        Delete(EndpointSlice, WEB),
+        NodeAddresses(frozenset(), ()),
+    ]
+    metrics.told(events, time.monotonic() - 500)
+    metrics.told([Delete(Service, WEB)], time.monotonic())
+    assert value(metrics, f"{SYNC}service_changes_total") == 2
+    assert value(metrics, f"{SYNC}endpoint_changes_total") == 2
+    assert value(metrics, f"{SYNC}service_changes_pending") == 2
+    assert value(metrics, f"{SYNC}endpoint_changes_pending") == 2
+    assert value(metrics, f"{SYNC}last_timestamp_seconds", ip_family="IPv4") == 0
+    metrics.programmed(NOTHING, 0, 0)
+    assert value(metrics, f"{SYNC}service_changes_pending") == 0
+    assert value(metrics, f"{SYNC}endpoint_changes_pending") == 0
+    assert value(metrics, "sliceproxy_event_to_kernel_seconds_count") == 2
+    assert value(metrics, "sliceproxy_event_to_kernel_seconds_sum") == pytest.approx(500, abs=5)
+    last = value(metrics, f"{SYNC}last_timestamp_seconds", ip_family="IPv6")
+    assert last == pytest.approx(time.time(), abs=5)
+    assert (value(metrics, "sliceproxy_start_seconds") or 0) > 0
+    # nothing was to be written: no sync is counted
+    assert value(metrics, f"{SYNC}duration_seconds_count", ip_family="IPv4") == 0
+
+
+def test_elements_are_carried_along(metrics: Metrics) -> None:
+    four, six = SETS[4].endpoints, SETS[6].endpoints
+    metrics.programmed(step({four: 5, six: 1}), 0.002, 0.001)
+    metrics.programmed(step({four: 1}, {four: 3}), 0.002, 0.001)
+    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints") == 3
+    assert value(metrics, "sliceproxy_elements", family="IPv6", map="endpoints") == 1
+    operations = "sliceproxy_element_operations_total"
+    assert value(metrics, operations, operation="add", map="endpoints") == 7
+    assert value(metrics, operations, operation="delete", map="endpoints") == 3
+    assert value(metrics, f"{SYNC}duration_seconds_count", ip_family="IPv4") == 2
+    assert value(metrics, f"{SYNC}duration_seconds_count", ip_family="IPv6") == 1
+    partial = "kubeproxy_sync_partial_proxy_rules_duration_seconds_count"
+    assert value(metrics, partial, ip_family="IPv4") == 2
+    assert value(metrics, "sliceproxy_transaction_seconds_count") == 2
+
+
+def test_a_full_sync_counts_anew(metrics: Metrics) -> None:
+    four, ips = SETS[4].endpoints, SETS[4].service_ips
+    metrics.programmed(step({four: 5}), 0.002, 0.001)
+    counts = Counter({four: 9, ips: 2})
+    metrics.programmed(step({ips: 1}), 0.002, 0.001, elements=counts)
+    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints") == 9
+    assert value(metrics, "sliceproxy_elements", family="IPv4", map="service-ips") == 2
+    full = "kubeproxy_sync_full_proxy_rules_duration_seconds_count"
+    assert value(metrics, full, ip_family="IPv4") == 1
+    metrics.programmed(step({ips: 1}), 0.002, 0.001)
+    assert counts == {four: 9, ips: 2}  # not ours to change
+    metrics.programmed(NOTHING, 0.002, 0, elements={four: 1})
+    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints") == 1
+
+
+def test_a_table_that_changes_touches_its_family(metrics: Metrics) -> None:
+    tables = (TableChange(4), TableChange(6, delete=True))
+    metrics.programmed(Transaction(tables, Change()), 0.002, 0.001)
+    assert value(metrics, f"{SYNC}duration_seconds_count", ip_family="IPv4") == 0
+    assert value(metrics, f"{SYNC}duration_seconds_count", ip_family="IPv6") == 1
+
+
+def test_network_programming_latency_begins_at_the_trigger(metrics: Metrics) -> None:
+    def stamp(seconds: float) -> str:
+        text = datetime.fromtimestamp(time.time() + seconds, UTC).isoformat()
+        return text.replace("+00:00", "000Z")  # nanoseconds, as Go prints them
+
+    metrics.told(
+        [
+            Upsert(piece(4, stamp(0.2))),  # the control plane's clock goes before ours
+            Upsert(piece(6, stamp(0.2))),
+            Upsert(piece(4, stamp(-3600))),  # happened before this process began
+            Upsert(piece(4, "nonsense")),
+            Upsert(piece(4)),
+        ],
+        time.monotonic(),
+    )
+    name = "kubeproxy_network_programming_duration_seconds"
+    assert value(metrics, f"{name}_count", ip_family="IPv4") == 0
+    metrics.programmed(NOTHING, 0, 0)
+    assert value(metrics, f"{name}_count", ip_family="IPv4") == 1
+    assert value(metrics, f"{name}_count", ip_family="IPv6") == 1
+    assert value(metrics, f"{name}_bucket", ip_family="IPv4", le="0.25") == 1
+    metrics.programmed(NOTHING, 0, 0)
+    assert value(metrics, f"{name}_count", ip_family="IPv4") == 1
+
+
+def test_failures_repairs_and_flows(metrics: Metrics) -> None:
+    exercise(metrics)
+    assert value(metrics, f"{SYNC}nftables_sync_failures_total", ip_family="IPv4") == 1
+    assert value(metrics, "sliceproxy_repairs_total") == 1
+    name = "kubeproxy_conntrack_reconciler_deleted_entries_total"
+    assert value(metrics, name, ip_family="IPv4") == 2
+    labels = {"code": "200", "method": "GET", "host": "10.96.0.1:443"}
+    assert value(metrics, "rest_client_requests_total", **labels) == 1
+    assert value(metrics, "kubeproxy_proxy_healthz_total", code="200") == 1
+    external = {"ip_family": "IPv4", "traffic_policy": "external"}
+    assert value(metrics, f"{SYNC}no_local_endpoints_total", **external) == 3
+    metrics.lacks({})
+    assert value(metrics, f"{SYNC}no_local_endpoints_total", **external) == 0
+    rules = sum(len(c.rules) for c in build(Layout(4)).chains)
+    assert value(metrics, "sliceproxy_rules", family="IPv4") == rules
+
+
+def test_watches(metrics: Metrics) -> None:
+    state = "sliceproxy_watch_state"
+    assert value(metrics, state, resource="services", state="watching") == 1
+    assert value(metrics, state, resource="services", state="listing") == 0
+    assert value(metrics, state, resource="nodes", state="backing off") == 1
+    age = "sliceproxy_watch_last_message_age_seconds"
+    assert value(metrics, age, resource="nodes") is None
+    expected = pytest.approx(time.monotonic() - 1, abs=5)
+    assert value(metrics, age, resource="services") == expected
+    assert value(metrics, "sliceproxy_watch_relists_total", resource="services") == 2
+    assert value(metrics, "sliceproxy_watch_errors_total", resource="nodes") == 3
+
+
+def test_the_states_are_those_of_the_source() -> None:
+    from agent.sources.kubernetes import Status
+
+    assert get_args(get_type_hints(Status)["state"]) == WATCH_STATES
+
+
+def test_connections_are_asked_for_at_a_scrape() -> None:
+    asked = []
+
+    def read() -> list[Connections]:
+        asked.append(1)
+        return [
+            Connections(WEB, "http", "10.96.0.1:80/tcp", "", 7),
+            Connections(WEB, "http", "10.96.0.1:80/tcp", "10.0.0.1:8080", 4),
+        ]
+
+    metrics = Metrics("0", connections=read)
+    labels = {
+        "namespace": "shop",
+        "service": "web",
+        "port": "http",
+        "frontend": "10.96.0.1:80/tcp",
+    }
+    asked.clear()
+    assert value(metrics, "sliceproxy_service_connections_total", **labels) == 7
+    name = "sliceproxy_endpoint_connections_total"
+    assert len(asked) == 1
+    assert value(metrics, name, **labels, endpoint="10.0.0.1:8080") == 4
+
+
+# --- Services without an endpoint here ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "node", "expected"),
+    [
+        ({}, "there", set()),
+        ({"internal_local": True}, "here", set()),
+        (
+            {"internal_local": True},
+            "there",
+            {(4, "internal", "http", 6), (4, "internal", "alt", 6)},
+        ),
+        ({"external_local": True}, "there", {(4, "external", "http", 6)}),  # one has a node port
+    ],
+)
+def test_services_with_nothing_here(
+    changes: dict[str, Any], node: str, expected: set[tuple[int, str, str, int]]
+) -> None:
+    around = Surroundings(Place("here", ""))
+    assert no_local_endpoints(program(service(**changes), [piece(node=node)], around)) == expected
+
+
+def test_no_endpoints_anywhere_is_no_lack_of_local_ones() -> None:
+    around = Surroundings(Place("here", ""))
+    assert not no_local_endpoints(program(service(internal_local=True), [], around))
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+def test_a_recorder_forgets() -> None:
+    exercise(Recorder())
+
+
+def test_importing_does_not_load_prometheus_client() -> None:
+    code = "import agent.metrics, sys; sys.exit('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_recording_costs_microseconds_however_many_elements_there_are(metrics: Metrics) -> None:
+    sets = [s for f in (4, 6) for s in SETS[f].always]
+    metrics.programmed(NOTHING, 0, 0, elements=dict.fromkeys(sets, 1_000_000))
+    one = step({SETS[4].endpoints: 1}, {SETS[4].endpoints: 1})
+    event = [Upsert(piece())]
+    began = time.perf_counter()
+    for _ in range(1000):
+        metrics.told(event, 0.0)
+        metrics.programmed(one, 0.002, 0.001)
+    assert (time.perf_counter() - began) / 1000 < 0.0005
+
+
+# --- the server ---------------------------------------------------------------------------------
+
+
+def test_the_server(metrics: Metrics) -> None:
+    with listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+    server = MetricsServer(metrics, structlog.get_logger(), ("127.0.0.1", port), hard_fail=True)
+    server.start()
+    server.settle()
+    try:
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert b"sliceproxy_build_info" in answer.read()
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 404
+    finally:
+        server.stop()
