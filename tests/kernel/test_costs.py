@@ -25,11 +25,11 @@ from tests.kernel.proxy import Proxy
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
 
-RULES = 727
+RULES = 967
 """The rules of one family's table while no Service asks for session affinity and pods of this node
 cannot be told from others. All of them but 27 choose endpoints, over the 24 widths."""
 
-MOST_RULES = 1247
+MOST_RULES = 1655
 """The rules with both, one timeout being asked for; every other timeout adds three."""
 
 PER_SLICE, MOST_SLICES = 1000, 4

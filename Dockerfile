@@ -1,0 +1,142 @@
+# The image of sliceproxy's agent: an interpreter, the agent, and nothing to log in to.
+#
+#   docker build --tag sliceproxy .
+#
+# Three stages. `packages` installs from Debian and from requirements.lock, `tree` picks what the
+# agent needs into a root directory of its own, and the last stage is that directory and nothing
+# else: no shell, no package manager, no setuid file.
+#
+# 59 MB, compressed 23.5 MB (amd64): the interpreter with its library 19, shared libraries 14, the
+# agent 1, what it imports 24. The stage `packages`, which has it all as it comes, has 490 MB.
+#
+# Reproducible: every Python package is pinned with its hashes in requirements.lock (its head says
+# how it is made). What Debian contributes is as old as the base image and the mirror; to fix that
+# too, give both:
+#
+#   docker build --build-arg BASE=debian@sha256:... --build-arg SNAPSHOT=20260101T000000Z .
+#
+# /usr/share/sliceproxy/versions in the image lists what went in, and /var/lib/dpkg/status.d and
+# the packages' dist-info tell the same to vulnerability scanners.
+
+ARG BASE=debian:trixie-slim
+
+# --- what there is --------------------------------------------------------------------------------
+
+FROM ${BASE} AS packages
+# A moment of snapshot.debian.org; empty: the base image's own mirror, as of today.
+ARG SNAPSHOT=
+RUN if [ -n "$SNAPSHOT" ]; then \
+        rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*; \
+        for suite in debian/$SNAPSHOT:trixie debian-security/$SNAPSHOT:trixie-security; do \
+            echo "deb [check-valid-until=no]" \
+                "http://snapshot.debian.org/archive/${suite%:*} ${suite#*:} main"; \
+        done >/etc/apt/sources.list; \
+    fi \
+    && apt-get update -q \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
+        python3 python3-pip python3-setuptools
+
+# The dependencies first: this layer is built again only when the lock changes. Wheels only, so
+# nobody's build script runs here, and the agent needs no compiler.
+COPY requirements.lock /build/
+RUN python3 -m pip install --no-cache-dir --no-compile --disable-pip-version-check \
+        --root-user-action=ignore --require-hashes --no-deps --only-binary :all: \
+        --target /site -r /build/requirements.lock
+
+# The agent itself, built with Debian's setuptools so that nothing unpinned is fetched for it.
+# All there is besides the lock: .dockerignore says what the project's package is made of.
+COPY . /build/
+RUN python3 -m pip install --no-cache-dir --no-compile --disable-pip-version-check \
+        --root-user-action=ignore --no-deps --no-build-isolation --no-index \
+        --target /own /build
+
+# --- what is needed -------------------------------------------------------------------------------
+
+FROM packages AS tree
+# Never imported by the agent: the client's generated models and asyncio twin (125 MB; the agent
+# decodes what it needs itself), what only that twin uses, and parts of the standard library that
+# want a terminal, a screen or a compiler. tests/container runs the agent without them.
+RUN set -eu; \
+    cd /site; \
+    rm -rf bin kubernetes/aio aiohttp* aiosignal* aiohappyeyeballs* frozenlist* multidict* \
+        propcache* yarl* attr attrs* tzdata* nftables* oxl_libnftables*; \
+    find kubernetes/client/models kubernetes/client/api -name '*.py' ! -name __init__.py -delete; \
+    mv /own/sliceproxy*.dist-info .; \
+    mkdir -p /root-tree/usr/bin /root-tree/usr/lib /root-tree/usr/local/bin /root-tree/etc; \
+    python=python$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+    cp /usr/bin/$python /root-tree/usr/bin/python3; \
+    cp -r /usr/lib/$python /root-tree/usr/lib/; \
+    cd /root-tree/usr/lib/$python; \
+    rm -rf test idlelib tkinter turtledemo turtle.py ensurepip venv pydoc_data lib2to3 config-* \
+        curses dbm site-packages sitecustomize.py; \
+    find . -name __pycache__ -prune -exec rm -rf {} +; \
+    cd lib-dynload; \
+    rm -f _curses* readline* _dbm* _gdbm* _tkinter* _test* _xxtest* _ctypes_test* xx*; \
+    cd /root-tree/usr/local; \
+    mkdir -p lib/$python; \
+    cp -r /site lib/$python/dist-packages; \
+    printf '#!/usr/bin/python3 -I\nfrom agent.cli import main\n\nmain()\n' >bin/sliceproxy; \
+    chmod 755 bin/sliceproxy
+
+# Bytecode is made here, for the root file system is read-only where the agent runs. What is not
+# ours keeps only its bytecode (a traceback still names file and line); ours keeps its source, too.
+# Hashes in place of times keep the layer the same from build to build.
+RUN set -eu; \
+    compile() { \
+        python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash \
+            -s /root-tree -p / "$@"; \
+    }; \
+    compile -b /root-tree/usr/lib /root-tree/usr/local/lib; \
+    find /root-tree/usr -name '*.py' -delete; \
+    find /root-tree/usr -name '*.pyi' -delete; \
+    cp -r /own/agent /own/rules /root-tree/usr/local/lib/python3.*/dist-packages/; \
+    compile /root-tree/usr/local/lib/python3.*/dist-packages/agent \
+        /root-tree/usr/local/lib/python3.*/dist-packages/rules
+
+# The shared libraries that all this names, the loader, what the C library reads to look up names
+# (an API server may have one), and who made all of it.
+RUN set -eu; \
+    cd /root-tree; \
+    ln -s usr/lib lib; \
+    [ ! -d /lib64 ] || { mkdir usr/lib64; ln -s usr/lib64 lib64; }; \
+    find usr -type f \( -name '*.so*' -o -path usr/bin/python3 \) -exec ldd {} + 2>/dev/null \
+        | sed -n -e 's/.*=> \(\/[^ ]*\) .*/\1/p' \
+            -e 's/^[[:space:]]*\(\/[^ ]*ld-linux[^ ]*\) .*/\1/p' \
+        | grep -v ^/root-tree | sort -u >/build/libraries; \
+    while read -r library; do \
+        mkdir -p "usr/$(dirname "${library#/usr}")"; \
+        cp -L "$library" "usr/${library#/usr}"; \
+    done </build/libraries; \
+    mkdir -p etc proc sys dev tmp var/lib/dpkg/status.d usr/share/sliceproxy usr/share/doc; \
+    printf 'root:x:0:0:root:/:/nonexistent\n' >etc/passwd; \
+    printf 'root:x:0:\n' >etc/group; \
+    printf 'hosts: files dns\n' >etc/nsswitch.conf; \
+    cp /etc/os-release etc/; \
+    for file in $(cat /build/libraries) /usr/bin/python3.* /usr/lib/python3.*/os.py \
+        /usr/lib/python3.*/asyncio/base_events.py; do \
+        dpkg-query -S "$(realpath "$file")" "$file" 2>/dev/null || true; \
+    done | sed -n -e '/^diversion/d' -e 's/: .*//p' | sort -u >/build/owners; \
+    while read -r package; do \
+        name=${package%%:*}; \
+        dpkg-query -s "$package" >"var/lib/dpkg/status.d/$name"; \
+        dpkg-query -W -f '${Package} ${Version}\n' "$package"; \
+        mkdir -p "usr/share/doc/$name"; \
+        cp -L "/usr/share/doc/$name/copyright" "usr/share/doc/$name/" 2>/dev/null || true; \
+    done </build/owners >usr/share/sliceproxy/versions; \
+    python3 -m pip list --path usr/local/lib/python3.*/dist-packages --format freeze \
+        --disable-pip-version-check >>usr/share/sliceproxy/versions; \
+    usr/bin/python3 --version
+
+# --- what runs ------------------------------------------------------------------------------------
+
+FROM scratch
+COPY --from=tree /root-tree /
+# No bytecode is written, and lines reach the log as they are said.
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PATH=/usr/local/bin:/usr/bin
+# Root by number, and meant to run with NET_ADMIN as its only capability: that is less than it
+# sounds, since uid 0 without capabilities may not even read another user's files. A capability for
+# another uid would have to be ambient, which Kubernetes cannot give (KEP-2763), or come from the
+# interpreter's file, which needs allowPrivilegeEscalation and hands it to everybody who runs it.
+USER 0:0
+ENTRYPOINT ["/usr/local/bin/sliceproxy"]
+CMD ["run"]
