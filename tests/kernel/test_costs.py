@@ -282,6 +282,6 @@ def _rules_in_kernel(proxy: Proxy, family: int) -> int:
     found = proxy.kernel.find(family)
     assert found is not None
     request = netlink.string(1, "sliceproxy")
-    answers = proxy.kernel._dump(netlink.GETRULE, family, request)
+    answers = proxy.kernel.dump(netlink.GETRULE, family, request)
     assert len(answers) == sum(map(len, found.rules.values()))
     return len(answers)
