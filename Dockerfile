@@ -13,7 +13,8 @@
 # how it is made). What Debian contributes is as old as the base image and the mirror; to fix that
 # too, give both:
 #
-#   docker build --build-arg BASE=debian@sha256:... --build-arg SNAPSHOT=20260101T000000Z .
+#   docker build --build-arg BASE=debian@sha256:... \
+#       --build-arg SOURCES='deb [check-valid-until=no] SNAPSHOT-URL trixie main' .
 #
 # /usr/share/sliceproxy/versions in the image lists what went in, and /var/lib/dpkg/status.d and
 # the packages' dist-info tell the same to vulnerability scanners.
@@ -23,14 +24,11 @@ ARG BASE=debian:trixie-slim
 # --- what there is --------------------------------------------------------------------------------
 
 FROM ${BASE} AS packages
-# A moment of snapshot.debian.org; empty: the base image's own mirror, as of today.
-ARG SNAPSHOT=
-RUN if [ -n "$SNAPSHOT" ]; then \
+# The lines of an apt sources list, say of a snapshot; empty: the base image's own, as of today.
+ARG SOURCES=
+RUN if [ -n "$SOURCES" ]; then \
         rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*; \
-        for suite in debian/$SNAPSHOT:trixie debian-security/$SNAPSHOT:trixie-security; do \
-            echo "deb [check-valid-until=no]" \
-                "http://snapshot.debian.org/archive/${suite%:*} ${suite#*:} main"; \
-        done >/etc/apt/sources.list; \
+        printf '%s\n' "$SOURCES" >/etc/apt/sources.list; \
     fi \
     && apt-get update -q \
     && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \

@@ -20,17 +20,29 @@ PATIENCE = 20.0  # seconds until a test gives up waiting for something that shou
 
 
 class Agent:
-    """The agent as a child process. Use as a context manager; leaving it kills the process."""
+    """The agent as a child process. Use as a context manager; leaving it kills the process.
 
-    def __init__(self, world: World, place: Path, *flags: str, host: str = "node") -> None:
-        self._arguments = (world, place, flags, host)
+    `place` holds its manifests; without one, flags say where the API server is. `module` is what
+    runs instead of the command line itself.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        place: Path | None,
+        *flags: str,
+        host: str = "node",
+        module: str = "agent.cli",
+    ) -> None:
+        source = ("--from", str(place)) if place else ()
+        self._arguments = (world, module, (*source, *flags), host)
         self.lines: list[dict[str, Any]] = []
         self._news = threading.Condition()
         self._start()
 
     def _start(self) -> None:
-        world, place, flags, host = self._arguments
-        command = [sys.executable, "-m", "agent.cli", "run", "--from", str(place)]
+        world, module, flags, host = self._arguments
+        command = [sys.executable, "-m", module, "run"]
         self.process: subprocess.Popen[str] = world.popen(
             host,
             [*command, "--node", "node-1", "--log-level", "debug", *flags],
@@ -97,11 +109,17 @@ def write(place: Path, *documents: dict[str, Any]) -> None:
 
 
 class Connections(threading.Thread):
-    """Connects in a loop, all the while something else happens, and counts the outcomes."""
+    """Connects in a loop, all the while something else happens, and counts the outcomes.
 
-    def __init__(self, world: World, host: str, address: str, port: int) -> None:
+    It pauses for some seconds between two connections.
+    """
+
+    def __init__(
+        self, world: World, host: str, address: str, port: int, *, pause: float = 0.0
+    ) -> None:
         super().__init__(daemon=True)
         self._target = (world, host, address, port)
+        self._pause = pause
         self._done = threading.Event()
         self.outcomes: Counter[str] = Counter()
         self.failed: list[Answer] = []
@@ -116,7 +134,7 @@ class Connections(threading.Thread):
 
     def run(self) -> None:
         world, host, address, port = self._target
-        while not self._done.is_set():
+        while not self._done.wait(self._pause):
             answer = world.ask(host, address, port, timeout=2.0)
             self.outcomes[answer.outcome] += 1
             if answer.outcome != "answered":

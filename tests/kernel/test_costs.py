@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make na
 
 RULES = 967
 """The rules of one family's table while no Service asks for session affinity and pods of this node
-cannot be told from others. All of them but 27 choose endpoints, over the 24 widths."""
+cannot be told from others. All of them but 27 choose endpoints, over the 32 widths."""
 
 MOST_RULES = 1655
 """The rules with both, one timeout being asked for; every other timeout adds three."""
