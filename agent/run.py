@@ -69,8 +69,9 @@ def run(places: tuple[str, ...], settings: Settings, file: ConfigFile | None) ->
         source = _source(places, settings, loop.put, logger, observers.recorder)
         network = addresses.Follower(loop.put, lambda error: loop.put(Failed(error)))
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
-        _set_oom_score(settings.oom_score_adj, logger)
-        configure(settings.conntrack(), logger)
+        if not places:  # who tries manifests on a machine does not want it configured
+            _set_oom_score(settings.oom_score_adj, logger)
+            configure(settings.conntrack(), logger)
         _warn_of_kube_proxy(kernel, logger)
         network.start()
         network.told.wait()
