@@ -1,11 +1,12 @@
 # make demo   balance real connections in a small world of network namespaces (root)
 # make test   everything that is tested (root, else what needs no root)
 # make lint   ruff and mypy
+# make bench  measure everything, and write docs/performance.md (root, some 10 minutes)
 # make .venv  only the virtual environment, with `sliceproxy` in its bin
 
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv
 	$(BIN)/sliceproxy demo
@@ -18,6 +19,10 @@ lint: .venv/tests-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/tests-ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m bench
 
 .venv: pyproject.toml
 	python=$$(tools/need-python) && $$python -m venv .venv

@@ -18,6 +18,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple
@@ -48,6 +49,8 @@ _NFNLGRP_NFTABLES = 7
 _NLM_F_DUMP_INTR = 0x10
 _NLM_F_ACK_TLVS = 0x200
 _RECEIVE = 1 << 20
+_SET_COUNT = 20  # NFTA_SET_COUNT
+_DUMP_TRIES, _DUMP_PAUSE = 5, 0.05
 _SEND_BUFFER = 8 << 20
 
 OWNED = TABLE_OWNER | TABLE_PERSIST
@@ -297,10 +300,25 @@ class Kernel:
         """The elements of all known sets of a table that was found, but for dynamic ones."""
         sets = SETS[found.family]
         return {
-            s: self.elements(s)
+            s: self._all_elements(s, found.sets[s.name])
             for s in (*sets.always, *sets.sticky)
             if s.name in found.sets and not s.dynamic
         }
+
+    def _all_elements(self, owner: Set, body: bytes) -> dict[Key, Value]:
+        """The elements of a set, as many as the kernel says it has, where it says so.
+
+        A dump that meets the set's hash table while it grows may miss some, unnoticed; the table
+        grows for a moment after a load.
+        """
+        elements = self.elements(owner)
+        count = int.from_bytes(dict(attributes(body)).get(_SET_COUNT, b""), "big")
+        for _ in range(_DUMP_TRIES):
+            if owner.interval or len(elements) >= count:
+                break
+            time.sleep(_DUMP_PAUSE)
+            elements = self.elements(owner)
+        return elements
 
     def dump(self, kind: int, family: int, body: bytes = b"") -> list[bytes]:
         """The bodies of all answers to a dump (`kind` is netlink.GET*), of any tables.

@@ -25,9 +25,11 @@ from agent.health import HealthCheck, Heartbeat
 from agent.kernel import Kernel, KernelError, OwnedByOther, Stale, Watcher
 from agent.metrics import Recorder
 from agent.state import KernelView, State
+from rules.conntrack import Serving
 from rules.diff import Change
 from rules.language import Table
 from rules.objects import Name
+from rules.program import Claim
 from rules.tables import FAMILIES
 from rules.transaction import Transaction, commands
 
@@ -223,8 +225,7 @@ class Loop:
         gc.enable()
         for family in FAMILIES:
             self._forget(family)
-        stale = transaction.change.stale_udp
-        self._flows.forget(stale, self.state.flow_is_stale, everything=True)
+        self._forget_flows(transaction.change.stale_udp, everything=True)
 
     def _apply(self, transaction: Transaction, started: float, *, compared: bool = False) -> None:
         sent_at = time.perf_counter()
@@ -241,7 +242,7 @@ class Loop:
         for family in transaction.change.stale_affinity:
             self._forget(family)
         if not compared:  # behind the affinity map, which would bring a stale flow back
-            self._flows.forget(transaction.change.stale_udp, self.state.flow_is_stale)
+            self._forget_flows(transaction.change.stale_udp)
         if self._show_elements:
             for command in commands(transaction):
                 self._log.debug("change", command=command)
@@ -253,6 +254,13 @@ class Loop:
                 kernel_ms=round((done_at - sent_at) * 1e3, 2),
                 bytes=size,
             )
+
+    def _forget_flows(self, formerly: Mapping[Claim, Serving], *, everything: bool = False) -> None:
+        """UDP flows that lead nowhere are deleted from conntrack."""
+        started = time.perf_counter()
+        deleted = self._flows.forget(formerly, self.state.flow_is_stale, everything=everything)
+        for family, flows in deleted.items():
+            self._recorder.forgot_flows(family, flows, time.perf_counter() - started)
 
     def _forget(self, family: int) -> None:
         """Sticky clients of endpoints that went are forgotten, right behind the transaction."""

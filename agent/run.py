@@ -113,7 +113,9 @@ def _source(
     except ConnectError as error:
         raise CannotRun(str(error)) from None
     chosen = settings.options()
-    follower = Kubernetes(connection, chosen.node, chosen.proxy_name, put, logger)
+    follower = Kubernetes(
+        connection, chosen.node, chosen.proxy_name, put, logger, requested=recorder.requested
+    )
     recorder.follows(follower.status)
     return follower
 

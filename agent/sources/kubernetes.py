@@ -319,6 +319,7 @@ class Follower:
     that is complete, and for whatever has arrived when a watch is read. `Synced` comes once, at
     the end of the list that completes Services, EndpointSlices and the Node (ServiceCIDRs too,
     unless the server has none or does not allow them). An unreachable API server is waited for.
+    `requested` is told of every answer: method, status (<error> for none), and server.
     """
 
     def __init__(
@@ -329,10 +330,12 @@ class Follower:
         put: Callable[[list[Event]], None],
         log: FilteringBoundLogger,
         *,
+        requested: Callable[[str, int | str, str], None] = lambda *_: None,
         timing: Timing | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._put = put
+        self.requested = requested
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._outlook = _Outlook(connection, log)
@@ -482,10 +485,15 @@ class _Thread(threading.Thread):
         return step.delay
 
     def _exchange(self, request: Request) -> None:
-        response = self._connection.get(request, self._timing.connect)
+        try:
+            response = self._connection.get(request, self._timing.connect)
+        except (urllib3.exceptions.HTTPError, OSError, ConnectError):
+            self._follower.requested("GET", "<error>", self._connection.server)
+            raise
         with self._lock:
             self._response = response
         try:
+            self._follower.requested("GET", response.status, self._connection.server)
             self._reflector.answered(response.status, response.headers.get("Retry-After", ""))
             if response.status == 200 and request.ask in (Ask.WATCH, Ask.STREAM):
                 self._outlook.fine(self.resource)

@@ -1,0 +1,1 @@
+"""Measures what an operator would compare: `python -m bench --help`."""

@@ -1,0 +1,370 @@
+"""Writes docs/performance.md and its plots from the JSON files, and nothing from memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.objects import Size
+from bench.process import ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+COLUMNS = ("5000x10", "5000x50", "44000x1")
+TITLES = {"5000x10": "5,000 x 10", "5000x50": "5,000 x 50", "44000x1": "44,000 x 1"}
+GOAL_OF_GROWTH = Size(100_000, 10)
+
+KUBE_PROXY = {
+    # kube-proxy 1.36.2, from issue 4: another run, against a real API server
+    "time": {"5000x10": 4.4, "5000x50": 6.2, "44000x1": 457.0},
+    "cpu": {"5000x10": 4.15, "5000x50": 6.1, "44000x1": 458.0},
+    "peak": {"5000x10": 188.0, "5000x50": 907.0, "44000x1": 1250.0},
+    "latency": {"5000x10": 1333.0, "5000x50": 2442.0, "44000x1": 20000.0},
+}
+KUBE_PROXY_TEXT = {
+    "time": ("4.0 to 4.8 s", "6.2 s", "457 s"),
+    "cpu": ("3.7 to 4.6 s", "6.1 s", "458 s"),
+    "peak": ("188 MB + `nft`", "463 + 444 MB (`nft`)", "637 + 613 MB (`nft`)"),
+    "latency": ("1,058 to 1,333 ms", "2,442 ms", "over 20 s"),
+    "change cpu": ("about 1 s", "about 2 s", ""),
+    "first packet": ("2.7 to 3.2 us", "", ""),
+}
+
+
+class Row(NamedTuple):
+    """A row of the table of what must be reached; `goals` are in the metric's unit."""
+
+    title: str
+    measure: str
+    metric: str
+    goals: tuple[float, ...]
+    field: str = "median"
+    theirs: str = ""
+    next_idea: str = ""
+
+
+_START = "less to import at a start; addresses parsed without `ipaddress`"
+_PACKET = "fewer rules before the lookup; `plain` has no NAT hooks at all, which every proxy needs"
+ROWS = (
+    Row("process start to all programmed", "load", "time", (1.2, 3, 4), "median", "time", _START),
+    Row("CPU for it", "load", "cpu", (), "median", "cpu"),
+    Row("the kernel's part: encode and commit", "load", "kernel", (0.15, 0.6, 0.3), next_idea=(
+        "the map's hash table grows while it is filled; the rules take most of the rest")),
+    Row("peak resident memory", "load", "peak", (100, 200, 200), "median", "peak",
+        "do not load the client's models; share records"),
+    Row("one endpoint replaced, p50", "change", "latency", (1, 1.5, 1), "median", "latency",
+        "decode only what is new of a slice"),
+    Row("one endpoint replaced, p99", "change", "latency", (5, 6, 5), "p99"),
+    Row("CPU for it", "change", "cpu", (2, 3, 2), "median", "change cpu"),
+    Row("all endpoints replaced at once", "burst", "time", (2.5, 8, 6)),
+    Row("restart, nothing changed: to verified", "restart", "time", (1.5, 3.5, 4.5), next_idea=(
+        "read the kernel back while the lists stream: its dump is quadratic, and needs no GIL")),
+    Row("restart: elements written", "restart", "written", (0, 0, 0)),
+    Row("idle, CPU", "idle", "cpu", (0.1, 0.1, 0.1)),
+    Row("resident when idle", "memory", "resident", ()),
+    Row("first packet, 10 endpoints, added", "first-packet", "added: 10 endpoints",
+        (1.5, 1.5, 1.5), "median", "first packet", _PACKET),
+    Row("first packet, 1 endpoint, added", "first-packet", "added: 1 endpoint", ()),
+    Row("first packet, sticky, 10 endpoints", "first-packet", "added: sticky, 10 endpoints", ()),
+    Row("first packet, sticky, 1,000 endpoints", "first-packet", "added: sticky, 1000 endpoints",
+        ()),
+)  # fmt: skip
+
+
+Runs = dict[str, dict[str, dict[str, Any]]]
+
+
+def read(directory: Path) -> tuple[Runs, list[dict[str, Any]]]:
+    """Runs by measure and size, and the heads of the files."""
+    runs: Runs = {}
+    heads = []
+    for path in sorted(directory.glob("*.json"), key=lambda p: not p.name.startswith("growth")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "measure" not in content:
+            continue
+        name = content["measure"].removeprefix("growth-")
+        if content["program"] != "sliceproxy":
+            name = f"{content['program']} {name}"
+        heads.append(content)
+        runs.setdefault(name, {}).update({run["size"]: run for run in content["runs"]})
+    return runs, heads
+
+
+def write(directory: Path) -> Path:
+    """Makes the page and the plots; returns the page's path."""
+    runs, heads = read(directory)
+    if not heads:
+        raise SystemExit(f"bench: no results in {directory}; measure first")
+    profile_path = directory / "profile.json"
+    profile = json.loads(profile_path.read_text()) if profile_path.exists() else None
+    plots = PAGE.parent / "performance"
+    plots.mkdir(parents=True, exist_ok=True)
+    _plots(runs, plots)
+    lines = [*_head(heads), *_table(runs), *_theirs(runs), *_curves(), *_how(runs)]
+    lines += [*_profile(profile), *_growth(runs)]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return PAGE
+
+
+def _head(heads: list[dict[str, Any]]) -> Iterable[str]:
+    one = heads[0]
+    machine = one["machine"]
+    commits = ", ".join(sorted({h["commit"] for h in heads}))
+    loads = [h["machine"]["load_average"] for h in heads]
+    yield "# Performance"
+    yield ""
+    yield "Written by `python -m bench report` from the JSON files in `docs/performance/`."
+    yield f"Measured {one['made'][:10]} at commit {commits} on {machine['cores']} cores"
+    yield f"({machine['processor']}), Linux {one['kernel']}, Python {one['python']}. The load"
+    yield f"average was {min(loads):.1f} to {max(loads):.1f} when the measurements began."
+    yield "Sizes are Services x endpoints of each. Values are medians; spreads, repeats and the"
+    yield "machine's own speed at that moment (yardsticks) are in the files."
+    if any(h["quick"] for h in heads):
+        yield ""
+        yield "**Some of this is from a `--quick` run and means little.**"
+    yield ""
+
+
+def _value(runs: Runs, row: Row, size: str) -> tuple[float, str] | None:
+    found = runs.get(row.measure, {}).get(size, {}).get("metrics", {}).get(row.metric)
+    if found is None:
+        return None
+    return found.get(row.field, found["most"]), found["unit"]
+
+
+def _table(runs: Runs) -> Iterable[str]:
+    yield "## What must be reached, and what is"
+    yield ""
+    yield "| measure | " + " | ".join(f"{TITLES[c]} | goal" for c in COLUMNS) + " |"
+    yield "|---|" + "---|---|" * len(COLUMNS)
+    missed = []
+    for row in ROWS:
+        cells = []
+        for index, size in enumerate(COLUMNS):
+            value = _value(runs, row, size)
+            goal = row.goals[index] if row.goals else None
+            if value is None:
+                cells += ["not measured", f"{goal:g}" if goal is not None else ""]
+                continue
+            text = f"{value[0]:.3g} {value[1]}"
+            if goal is None:
+                cells += [text, ""]
+            elif value[0] <= goal:
+                cells += [text, f"{goal:g}, met"]
+            else:
+                cells += [f"**{text}**", f"{goal:g}, **not met**"]
+                missed.append((row, size, value[0] / goal))
+        yield f"| {row.title} | " + " | ".join(cells) + " |"
+    yield ""
+    sticky = _sticky(runs)
+    if sticky:
+        yield sticky
+        yield ""
+    if missed:
+        yield "Not met, and what comes next:"
+        yield ""
+        for row, size, ratio in missed:
+            idea = f"; next: {row.next_idea}" if row.next_idea else ""
+            yield f"- {row.title}, {TITLES[size]}: {ratio:.1f} times the goal{idea}."
+        yield ""
+
+
+def _sticky(runs: Runs) -> str:
+    for run in runs.get("first-packet", {}).values():
+        few, many = (run["metrics"][f"added: sticky, {n} endpoints"] for n in (10, 1000))
+        noise = max(m["quartiles"][1] - m["quartiles"][0] for m in (few, many))
+        difference = many["median"] - few["median"]
+        verdict = "equal within noise" if abs(difference) <= noise else "not equal"
+        return (
+            f"Session affinity with 1,000 endpoints against 10: {difference:+.2f} us,"
+            f" {verdict} (quartiles of the batches {noise:.2f} us apart)."
+        )
+    return ""
+
+
+def _theirs(runs: Runs) -> Iterable[str]:
+    yield "## Beside kube-proxy"
+    yield ""
+    if any(name.startswith("kube-proxy ") for name in runs):
+        yield "kube-proxy's own files are beside ours in `docs/performance/`. The table's figures"
+        yield "for it are of another run:"
+    else:
+        yield "kube-proxy's figures were **measured elsewhere**: not in this run, with a real API"
+    yield "server (1.36.2, nftables mode, nft 1.1.3, 2 cores; issue 4). Ours are of this run, with"
+    yield "prepared answers. `python -m bench load --kube-proxy BINARY` measures both alike."
+    yield ""
+    yield "| measure | " + " | ".join(f"ours {TITLES[c]} | kube-proxy" for c in COLUMNS) + " |"
+    yield "|---|" + "---|---|" * len(COLUMNS)
+    for row in ROWS:
+        if not row.theirs:
+            continue
+        cells = []
+        for index, size in enumerate(COLUMNS):
+            value = _value(runs, row, size)
+            cells += [
+                f"{value[0]:.3g} {value[1]}" if value else "not measured",
+                KUBE_PROXY_TEXT[row.theirs][index],
+            ]
+        yield f"| {row.title} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _curves() -> Iterable[str]:
+    for name, words in (
+        ("time", "Process start to all programmed"),
+        ("memory", "Peak resident memory"),
+        ("latency", "One endpoint replaced"),
+    ):
+        yield f"![{words}](performance/{name}.svg)"
+        yield ""
+
+
+def _how(runs: Runs) -> Iterable[str]:
+    loads = runs.get("load", {}).values()
+    megabytes = ", ".join(f"{r['size']}: {r['notes']['object_bytes'] / 1e6:.0f} MB" for r in loads)
+    yield "## How it was measured"
+    yield ""
+    yield "Everything is in network namespaces, against an API server of the bench whose answers"
+    yield "lie ready as bytes. Objects carry all that a real server sends (managed fields, owner"
+    yield f"references): {megabytes}. Lists are streamed, a chunk per object."
+    yield ""
+    yield "- **load**: from starting the process, on a kernel without our tables, to its line"
+    yield '  "programmed" at the pipe. CPU is the process\'s own clock; the peak is VmHWM. The'
+    yield "  kernel's part is `kernel_ms` of that line: encode, send and commit, with all rules."
+    yield "- **change**: from writing a watch event into the socket to the nf_tables notification"
+    yield "  with the new address, heard in the agent's namespace. Every change is taken back"
+    yield "  before the next; CPU is that of the process over all of them."
+    yield "- **burst**: from the first byte of events that rewrite every slice to the notification"
+    yield "  of the last element. Listening costs the kernel time while it commits; it is included."
+    yield "- **restart**: SIGKILL, then from the new process's start to its line"
+    yield '  "verified"; elements written are that line\'s.'
+    yield "- **first packet**: the duration of the client's `sendto`, in which it crosses"
+    yield "  the client's, the node's and the pod's namespaces; a new flow each time, in random"
+    yield "  turns. *Added* is the difference to a second world whose node only tracks connections"
+    yield "  and has no NAT; each repeat is the difference of medians of 250. `added: direct` in"
+    yield "  the file is a packet that our tables see and let pass."
+    yield "- **kube-proxy**: `--kube-proxy BINARY` measures load and change of that program against"
+    yield "  the same prepared server. Nobody has run this part yet."
+    yield ""
+
+
+def _profile(profile: dict[str, Any] | None) -> Iterable[str]:
+    if profile is None:
+        return
+    imports = profile["imports"]
+    yield "## Where the time goes"
+    yield ""
+    yield f"A bare Python takes {imports['python']:.2f} s from start to end, one that imports what"
+    yield f"the agent needs {imports['imports']:.2f} s. The rest, stage by stage without threads:"
+    yield ""
+    sizes = profile["sizes"]
+    names = list(next(iter(sizes.values()))["stages"])
+    yield "| stage, s | " + " | ".join(sizes) + " |"
+    yield "|---|" + "---|" * len(sizes)
+    for name in names:
+        yield f"| {name} | " + " | ".join(f"{s['stages'][name]:.2f}" for s in sizes.values()) + " |"
+    yield ""
+    yield "| one change, ms | " + " | ".join(sizes) + " |"
+    yield "|---|" + "---|" * len(sizes)
+    for name in next(iter(sizes.values()))["change_ms"]:
+        cells = (f"{s['change_ms'][name]:.3f}" for s in sizes.values())
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield ""
+    yield "The hottest functions by cProfile (their own share of the stage):"
+    yield ""
+    size = max(sizes, key=lambda s: Size.parse(s).total)
+    for name, rows in sizes[size]["hot"].items():
+        if name == "apply":
+            continue
+        top = ", ".join(f"`{r['function']}` {r['share']:.0%}" for r in rows[:6])
+        yield f"- {name}, {size}: {top}"
+    yield ""
+
+
+def _growth(runs: Runs) -> Iterable[str]:
+    series = _series(runs)
+    if len(series) < 3:
+        return
+    yield "## Growth"
+    yield ""
+    yield "Measured with 10 endpoints in each Service; the last line is **computed**, as a straight"
+    yield "line through the measured ones (least squares):"
+    yield ""
+    yield "| Services | endpoints | start, s | peak, MiB | change p50, ms | |"
+    yield "|---|---|---|---|---|---|"
+    for size in series:
+        values = [_metric(runs, size, *m) for m in _GROWTH]
+        cells = " | ".join("" if v is None else f"{v:.3g}" for v in values)
+        yield f"| {size.services:,} | {size.total:,} | {cells} | measured |"
+    goal = GOAL_OF_GROWTH
+    if goal not in series:
+        computed = [_extrapolated(runs, series, m) for m in _GROWTH]
+        cells = " | ".join("" if v is None else f"{v:.3g}" for v in computed)
+        yield f"| {goal.services:,} | {goal.total:,} | {cells} | computed |"
+    yield ""
+    yield f"`python -m bench growth --size {goal}` measures what is computed here, given time."
+
+
+_GROWTH = (("load", "time"), ("load", "peak"), ("change", "latency"))
+
+
+def _series(runs: Runs) -> list[Size]:
+    sizes = (Size.parse(s) for s in runs.get("load", {}))
+    return sorted(s for s in sizes if s.endpoints == GOAL_OF_GROWTH.endpoints)
+
+
+def _metric(runs: Runs, size: Size, measure: str, name: str) -> float | None:
+    found = runs.get(measure, {}).get(str(size))
+    return found["metrics"][name]["median"] if found else None
+
+
+def _extrapolated(runs: Runs, series: list[Size], what: tuple[str, str]) -> float | None:
+    points = [(s.services, v) for s in series if (v := _metric(runs, s, *what)) is not None]
+    if len(points) < 2:
+        return None
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    slope /= sum((x - mean_x) ** 2 for x, _ in points)
+    return mean_y + slope * (GOAL_OF_GROWTH.services - mean_x)
+
+
+# --- plots --------------------------------------------------------------------------------------
+
+
+def _plots(runs: Runs, directory: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "sliceproxy"
+    from matplotlib import pyplot as plt
+
+    for name, measure, metric, theirs, label in (
+        ("time", "load", "time", "time", "start to all programmed, s"),
+        ("memory", "load", "peak", "peak", "peak resident memory, MiB (kube-proxy with its nft)"),
+        ("latency", "change", "latency", "latency", "one endpoint replaced, ms"),
+    ):
+        figure, axes = plt.subplots(figsize=(7, 4))
+        ours = sorted(
+            (Size.parse(s), run["metrics"][metric]) for s, run in runs.get(measure, {}).items()
+        )
+        labels = [str(s) for s, _ in ours]
+        places, reference = range(len(ours)), KUBE_PROXY[theirs]
+        heights = [m["median"] for _, m in ours]
+        axes.bar([p - 0.2 for p in places], heights, 0.4, label="sliceproxy")
+        known = [(p, reference[s]) for p, s in enumerate(labels) if s in reference]
+        axes.bar(
+            [p + 0.2 for p, _ in known],
+            [v for _, v in known],
+            0.4,
+            label="kube-proxy 1.36.2 (measured elsewhere)",
+        )
+        axes.set_xticks(list(places), labels, rotation=20)
+        axes.set_yscale("log")
+        axes.set_ylabel(label)
+        axes.set_xlabel("Services x endpoints of each")
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)

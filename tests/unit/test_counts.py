@@ -1,0 +1,153 @@
+"""What a start and a change cost, counted so that the machine does not matter.
+
+A fixed trace: a cluster is told and programmed, then single endpoints are replaced. Element
+operations and bytes are exact; calls of Python functions are compared between two sizes, because a
+change must not cost more in a larger cluster.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.config import options
+from agent.events import NodeAddresses, Upsert
+from agent.sources.reflector import INITIAL_EVENTS_END, Reflector, resources
+from agent.state import State
+from rules.objects import parse_address
+from rules.transaction import Transaction, encode
+from tests import manifest
+
+EACH, CHANGES = 10, 50
+SIZES = (300, 3000)
+
+
+def pod(number: int) -> str:
+    return f"10.{128 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
+
+
+def message(kind: str, document: dict[str, Any], version: int) -> bytes:
+    document["metadata"]["resourceVersion"] = str(version)
+    return msgspec.json.encode({"type": kind, "object": document}) + b"\n"
+
+
+class Trace:
+    """What the API server sends for a cluster of this size, and the agent without its sockets."""
+
+    def __init__(self, services: int) -> None:
+        self.services = services
+        self.state = State(options(node="node-1"))
+        self.reflectors = {r.plural: Reflector(r) for r in resources("node-1")}
+        self.version = 1
+        for reflector in self.reflectors.values():
+            reflector.request()
+            reflector.answered(200)
+
+    def addresses(self, index: int) -> list[str]:
+        return [pod(index * EACH + n) for n in range(EACH)]
+
+    def slice(self, index: int, addresses: list[str]) -> dict[str, Any]:
+        endpoints = [manifest.endpoint(a, node="node-2") for a in addresses]
+        return manifest.slice_document(f"web-{index}", endpoints)
+
+    def start(self) -> Transaction:
+        for index in range(self.services):
+            address = f"10.{96 + (index >> 16)}.{index >> 8 & 255}.{index & 255}"
+            service = manifest.service_document(f"web-{index}", cluster_ips=(address,))
+            self.tell("services", message("ADDED", service, 1))
+            found = self.slice(index, self.addresses(index))
+            self.tell("endpointslices", message("ADDED", found, 1))
+        for plural in ("services", "endpointslices"):
+            metadata = {"annotations": {INITIAL_EVENTS_END: "true"}}
+            self.tell(plural, message("BOOKMARK", {"metadata": metadata}, 1))
+        self.state.apply([NodeAddresses(frozenset(), ()), Upsert(manifest.node())])
+        return self.state.resync(lambda _: None)
+
+    def change(self, number: int) -> bytes:
+        """The event by which one endpoint of one Service is replaced."""
+        index, self.version = number * 5 % 300, self.version + 1
+        addresses = self.addresses(index)
+        addresses[number % EACH] = f"10.200.0.{number + 1}"
+        return message("MODIFIED", self.slice(index, addresses), self.version)
+
+    def tell(self, plural: str, data: bytes) -> None:
+        self.state.apply(self.reflectors[plural].received(data))
+
+    def follow(self, data: bytes) -> tuple[Transaction, bytes]:
+        """From an event's bytes to those for the kernel."""
+        self.tell("endpointslices", data)
+        transaction = self.state.step()
+        return transaction, encode(transaction).encode()
+
+
+def calls(function: Any, *arguments: Any) -> int:
+    """How many Python and C functions are called."""
+    counts: Counter[str] = Counter()
+
+    def count(_frame: FrameType, event: str, _argument: object) -> None:
+        counts[event] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(before)
+    return counts["call"] + counts["c_call"]
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def started(request):
+    trace = Trace(request.param)
+    return trace, trace.start()
+
+
+def test_a_start_adds_each_element_once(started):
+    trace, transaction = started
+    counts = {owner.name: len(items) for owner, items in transaction.change.added.items()}
+    assert counts["service-ips"] == counts["cluster-ips"] == trace.services
+    assert counts["endpoints"] == trace.services * EACH
+    assert transaction.change.removed == {}
+    # the rest is the node's: its addresses, not the cluster's size
+    assert transaction.change.operations - trace.services * (EACH + 2) <= 4
+
+
+def test_the_bytes_of_a_start(started):
+    trace, transaction = started
+    rules = len(encode(transaction._replace(change=type(transaction.change)())).encode())
+    size = len(encode(transaction).encode()) - rules
+    # 44 for an endpoint, 60 to 64 for a verdict, 16 for a cluster IP, heads of messages beside
+    assert size / trace.services == pytest.approx(EACH * 44 + 76, rel=0.05)
+    assert rules < 700_000
+
+
+def test_a_replaced_endpoint_is_two_operations_and_few_bytes(started):
+    trace, _ = started
+    for number in range(CHANGES):
+        transaction, data = trace.follow(trace.change(number))
+        assert transaction.change.operations == 2
+        assert {owner.name for owner in transaction.change.added} == {"endpoints"}
+        assert len(data) < 300
+        back = message("MODIFIED", trace.slice(number * 5 % 300, trace.addresses(number * 5 % 300)),
+                       trace.version)  # fmt: skip
+        assert trace.follow(back)[0].change.operations == 2
+
+
+def test_a_change_costs_the_same_in_a_larger_cluster():
+    found: list[list[int]] = []
+    for size in SIZES:
+        trace = Trace(size)
+        trace.start()
+        trace.follow(trace.change(0))  # what is made once has been made
+        found.append([])
+        for number in range(1, CHANGES):
+            data = trace.change(number)
+            found[-1].append(calls(trace.follow, data))
+    small, large = map(sum, found)
+    assert abs(large - small) <= 0.05 * small
+    assert small / (CHANGES - 1) < 1500
