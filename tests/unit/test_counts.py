@@ -19,7 +19,6 @@ from agent.config import options
 from agent.events import NodeAddresses, Upsert
 from agent.sources.reflector import INITIAL_EVENTS_END, Reflector, resources
 from agent.state import State
-from rules.objects import parse_address
 from rules.transaction import Transaction, encode
 from tests import manifest
 
