@@ -2,9 +2,9 @@
 
 Ownership. From Linux 6.9 on a table may belong to a netlink socket and outlive it (flags `owner`
 and `persist`): nobody else can change or flush it, `nft flush ruleset` passes it by, and when the
-owner dies the table stays, orphaned, until the next one takes it over by asking for the same
-flags. Elsewhere tables are made without flags, and a `Watcher` tells when somebody else changed
-them.
+owner dies the table stays: an orphan that anybody may change, until the next owner takes it over
+by asking for the same flags. Elsewhere tables are made without flags, and a `Watcher` tells when
+somebody else changed them.
 
 The kernel works synchronously: when a batch has been sent, the answer is there to be read.
 """

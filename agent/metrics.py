@@ -417,7 +417,7 @@ class Metrics(Recorder):
 
     def has_rules(self, tables: Iterable[Table]) -> None:
         """See Recorder."""
-        self.now.rules = {t.family: sum(len(c.rules) for c in t.chains) for t in tables}
+        self.now.rules = {t.family: t.rule_count for t in tables}
 
     def failed(self) -> None:
         """See Recorder."""
