@@ -42,7 +42,8 @@ __all__ = ["DemoError", "run"]
 
 PODS = {
     **{"pod-1": "web-1", "pod-2": "web-2", "remote-1": "web-3", "remote-2": "web-4"},
-    **{"remote-6": "web-5", "remote-7": "empty-1"},  # these two come in the course of the demo
+    **{"remote-6": "web-5"},
+    **{"remote-8": "web-6", "remote-7": "empty-1"},  # these two come in the course of the demo
     **{"pod-3": "dns-1", "remote-3": "dns-2"},
     **{"pod-4": "shop-1", "remote-4": "shop-2"},
     **{"pod-5": "sessions-1", "remote-5": "sessions-2"},
@@ -91,14 +92,14 @@ WEB_4, WEB_6, NODE_4, NODE_6 = "10.96.0.80", "fd00:10:96::80", "172.31.0.2", "fd
 SHOP_4, SHOP_6 = "203.0.113.44", "2001:db8::44"
 DNS_4, DNS_6, EMPTY_4, EMPTY_6 = "10.96.0.10", "fd00:10:96::10", "10.96.0.90", "fd00:10:96::90"
 SESSIONS_4, NOBODYS = "10.96.0.70", "10.96.0.99"
-WEB = ("web-1", "web-2", "web-3", "web-4")
+WEB = ("web-1", "web-2", "web-3", "web-4", "web-5")
 DNS = ("dns-1", "dns-2")
 SHOP = ("shop-1", "shop-2")
 SESSIONS = ("sessions-1", "sessions-2")
 
 SERVICES: Sequence[tuple[str, Sequence[Question]]] = (
     (
-        "web: ClusterIP for pods, NodePort 30080 for clients outside. 2 of 4 pods are on node-1.",
+        "web: ClusterIP for pods, NodePort 30080 for clients outside. 2 of 5 pods are on node-1.",
         (
             Question("pod", WEB_4, 80, pods=WEB),
             Question("pod", WEB_6, 80, pods=WEB),
@@ -230,18 +231,18 @@ class _Demo:
             self._ask(questions)
 
     def _scale_up(self) -> None:
-        self._step("web gets a fifth pod, web-5 on node-2")
+        self._step("web gets a sixth pod, web-6 on node-2")
         self._say(
-            "The pods of an address stand in numbered slots of the map `endpoints`, and"
-            " `service-ips` names the chain that draws a slot at random. web outgrows the chain for"
-            " 4 slots; the next one is for 6. `service-nodeports` and `nodeport-endpoints` are the"
-            " same for node ports. As nft commands (the agent itself runs no nft):"
+            "The pods of an address stand in numbered slots of a map, and `service-ips` names the"
+            " chain that draws a slot at random. web has the chain and the map for up to 6 slots,"
+            " so one element is all, and one more for its node port. As nft commands (the agent"
+            " itself runs no nft):"
         )
-        self._change("web.yaml", partial(self._add_endpoint, host="remote-6"))
+        self._change("web.yaml", partial(self._add_endpoint, host="remote-8"))
         self._ask(
             (
-                Question("pod", WEB_4, 80, pods=(*WEB, "web-5")),
-                Question("client", NODE_6, 30080, pods=(*WEB, "web-5"), sees="node"),
+                Question("pod", WEB_4, 80, pods=(*WEB, "web-6")),
+                Question("client", NODE_6, 30080, pods=(*WEB, "web-6"), sees="node"),
             )
         )
         self._say(
@@ -253,11 +254,11 @@ class _Demo:
     def _make_unready(self) -> None:
         self._step("web-2 fails its readiness probe; its port is open, but nobody is sent there")
         self._say(
-            "web-5 moves from the last slot into the hole. `hairpins` are the pods of this node,"
+            "web-6 moves from the last slot into the hole. `hairpins` are the pods of this node,"
             " which may draw themselves."
         )
         self._change("web.yaml", partial(_set_conditions, pod="web-2", ready=False))
-        left = ("web-1", "web-3", "web-4", "web-5")
+        left = ("web-1", "web-3", "web-4", "web-5", "web-6")
         self._ask(
             (
                 Question("pod", WEB_4, 80, pods=left),
@@ -351,7 +352,7 @@ class _Demo:
         if (after.rules, after.chains) != (before.rules, before.chains):
             raise DemoError(f"the rules changed with the Services: {before}, then {after}")
         self._say(_cost(done))
-        some = [Question("pod", _address(n), 80, pods=WEB[2:]) for n in range(0, MANY, MANY // 2)]
+        some = [Question("pod", _address(n), 80, pods=WEB[2:4]) for n in range(0, MANY, MANY // 2)]
         self._ask(some)
         self._compare(before, after)
 

@@ -48,7 +48,7 @@ Documents = list[dict[str, Any]]
 """The objects of a manifest file, as YAML has them."""
 
 _PACKAGE = Path(__file__).resolve().parent
-_PODS, _REMOTES = 6, 7
+_PODS, _REMOTES = 6, 8
 _THREADS = 4
 _LOOK = 0.05
 """Seconds between two looks at whether a signal came, while waiting."""

@@ -8,7 +8,8 @@ Three things are shared between Services and therefore kept here:
 
 - *claims*: a key of a verdict map that several Services want belongs to the oldest of them;
 - *counts* of elements that several Services want alike (cluster IPs, hairpins);
-- the *layouts*: which session affinity timeouts are in use decides which rules exist.
+- the *layouts*: which session affinity timeouts are in use, and whether source ranges are, decides
+  which rules exist.
 
 `step` believes that the kernel has what the last transactions gave it. `resync` does not: it takes
 what was read back, keeps the slots found there, and returns the difference.
@@ -17,8 +18,8 @@ what was read back, keeps the slots found there, and returns the difference.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from agent.config import DetectLocalMode, Options, in_networks
 from agent.events import Delete, Event, NodeAddresses, Synced, Upsert
@@ -58,6 +59,8 @@ from rules.selection import Place
 from rules.tables import FAMILIES, SETS, Layout, PodInterface, build
 from rules.transaction import Known, TableChange, Transaction, table_change
 
+_Used = TypeVar("_Used", bound=Hashable)
+
 
 class Notice(NamedTuple):
     """Something an operator would act on: a log line's event, its subject, and the rest."""
@@ -96,6 +99,7 @@ class State:
         self._dirty: set[Name] = set()
         self._counts: Counter[Owned] = Counter()
         self._affinity: Counter[tuple[int, int]] = Counter()
+        self._guarded: Counter[int] = Counter()
         self._node_elements: frozenset[Owned] = frozenset()
         self._around = Surroundings(Place(options.node, options.zone))
         self._tables: dict[int, Table] = {}
@@ -309,7 +313,8 @@ class State:
 
     def _layout(self, family: int) -> Layout:
         seconds = sorted(s for f, s in self._affinity if f == family)
-        return Layout(family, self.options.mark, self._pods(family), tuple(seconds))
+        pods, guarded = self._pods(family), family in self._guarded
+        return Layout(family, self.options.mark, pods, tuple(seconds), guarded)
 
     def _advance_tables(self) -> Iterator[TableChange]:
         for family in FAMILIES:
@@ -365,10 +370,8 @@ class State:
         for element in new.shared ^ old.shared:
             counted.setdefault(element, self._counts[element] > 0)
             self._counts[element] += 1 if element in new.shared else -1
-        for used in new.affinity ^ old.affinity:
-            self._affinity[used] += 1 if used in new.affinity else -1
-            if self._affinity[used] <= 0:
-                del self._affinity[used]
+        _count(self._affinity, old.affinity, new.affinity)
+        _count(self._guarded, old.guarded, new.guarded)
         if new is NOTHING:
             self.programs.pop(name, None)
         else:
@@ -482,6 +485,14 @@ class State:
             cidrs = self.node.pod_cidrs if self.node else ()
             return in_networks(client, cidrs) or (hairpins, client * 2, None) in self._counts
         return in_networks(client, self._pod_cidrs())
+
+
+def _count(counts: Counter[_Used], old: frozenset[_Used], new: frozenset[_Used]) -> None:
+    """Counts what came and what went; what nobody has any more is not there."""
+    for item in new ^ old:
+        counts[item] += 1 if item in new else -1
+        if counts[item] <= 0:
+            del counts[item]
 
 
 def _subject(item: Object) -> str:

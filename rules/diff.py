@@ -9,6 +9,10 @@ Two ways lead to a change, and tests hold them against each other:
 
 A transaction deletes first and adds afterwards, because an element with other data under the same
 key is deleted and added. Slots make that rare: see `rules.slots`.
+
+Slots that a list has left for the map of another width are deleted behind the transaction: the
+kernel changes generations between two lookups of one packet, so a packet that was told the old
+width may draw from the old map after the commit.
 """
 
 from __future__ import annotations
@@ -34,11 +38,13 @@ class Change:
     `stale_affinity` holds the families in which sticky clients may be remembered for endpoints
     that went, so that the affinity map must be gone through. `stale_udp` holds the claims that may
     have stale flows, each with what served it before: those in conntrack must be gone through.
+    `vacated` holds the part of `removed` that is to be deleted behind everything else.
     """
 
     def __init__(self) -> None:
         self.removed: dict[Set, list[Element]] = {}
         self.added: dict[Set, list[Element]] = {}
+        self.vacated: dict[Set, list[Element]] = {}
         self.stale_affinity: set[int] = set()
         self.stale_udp: dict[Claim, Serving] = {}
 
@@ -48,6 +54,17 @@ class Change:
     def remove(self, owner: Set, key: Key, value: Value = None) -> None:
         """Notes an element to delete; its value is for people."""
         self.removed.setdefault(owner, []).append((key, value))
+
+    def vacate(self, owner: Set, key: Key, value: Value = None) -> None:
+        """Notes an element to delete behind everything else."""
+        self.remove(owner, key, value)
+        self.vacated.setdefault(owner, []).append((key, value))
+
+    def removed_at_once(self, owner: Set) -> list[Element]:
+        """The elements to delete but for vacated ones."""
+        later = {key for key, _ in self.vacated.get(owner, ())}
+        removed = self.removed.get(owner, [])
+        return [e for e in removed if e[0] not in later] if later else removed
 
     def add(self, owner: Set, key: Key, value: Value = None) -> None:
         """Notes an element to add."""
@@ -104,10 +121,13 @@ def lists_of(installed: Installed | None) -> Lists:
 def elements(claim: Claim, installed: Installed) -> Iterator[Owned]:
     """Every element that a frontend has in the kernel."""
     yield from _verdicts(claim, installed)
-    owner = _endpoint_map(claim)
-    for slots, offset in ((installed.slots, 0), (installed.inside, INSIDE_OFFSET)):
+    maps = _endpoint_maps(claim)
+    for slots, width, offset in (
+        (installed.slots, installed.width, 0),
+        (installed.inside, installed.inside_width, INSIDE_OFFSET),
+    ):
         for index, target in enumerate(slots):
-            yield owner, claim.key + _slot(offset + index), target
+            yield maps[width], claim.key + _slot(offset + index), target
     yield from installed.wanted.elements
 
 
@@ -116,10 +136,15 @@ def advance(
 ) -> None:
     """Adds to `change` what leads one frontend from `before` to `after`."""
     _advance_verdicts(claim, before, after, change)
-    owner = _endpoint_map(claim)
     old, new = lists_of(before), lists_of(after)
-    _advance_slots((owner, claim.key, 0), old.slots, new.slots, change)
-    _advance_slots((owner, claim.key, INSIDE_OFFSET), old.inside, new.inside, change)
+    _advance_list(claim, 0, (old.slots, old.width), (new.slots, new.width), change)
+    _advance_list(
+        claim,
+        INSIDE_OFFSET,
+        (old.inside, old.inside_width),
+        (new.inside, new.inside_width),
+        change,
+    )
     had = before.wanted.elements if before else frozenset()
     wants = after.wanted.elements if after else frozenset()
     for element in had - wants:
@@ -172,7 +197,8 @@ def _advance_verdicts(
         change.add(*element)
 
 
-def _endpoint_map(claim: Claim) -> Set:
+def _endpoint_maps(claim: Claim) -> Mapping[int, Set]:
+    """The maps that hold the claim's slots, by width."""
     sets = SETS[claim.verdicts.family]
     return sets.endpoints if claim.verdicts is sets.service_ips else sets.nodeport_endpoints
 
@@ -181,9 +207,23 @@ def _slot(index: int) -> bytes:
     return index.to_bytes(4, sys.byteorder)
 
 
-def _advance_slots(slots: tuple[Set, Key, int], old: Slots, new: Slots, change: Change) -> None:
-    if old is new:
+def _advance_list(
+    claim: Claim, offset: int, before: tuple[Slots, int], after: tuple[Slots, int], change: Change
+) -> None:
+    """Slots and width of one list. A list that gets another width moves to that width's map."""
+    (old, old_width), (new, width) = before, after
+    maps = _endpoint_maps(claim)
+    if width == old_width:
+        if old is not new:
+            _advance_slots((maps[width], claim.key, offset), old, new, change)
         return
+    for index, target in enumerate(old):
+        change.vacate(maps[old_width], claim.key + _slot(offset + index), target)
+    for index, target in enumerate(new):
+        change.add(maps[width], claim.key + _slot(offset + index), target)
+
+
+def _advance_slots(slots: tuple[Set, Key, int], old: Slots, new: Slots, change: Change) -> None:
     owner, key, offset = slots
     common = min(len(old), len(new))
     for index in range(common):
@@ -223,7 +263,9 @@ def between(have: Elements, want: Elements) -> Change:
     for owner in {**have, **want}:
         had, wants = have.get(owner, {}), want.get(owner, {})
         for key, value in had.items():
-            if key not in wants or wants[key] != value:
+            if key not in wants:
+                (change.vacate if owner.drawn else change.remove)(owner, key, value)
+            elif wants[key] != value:
                 change.remove(owner, key, value)
         for key, value in wants.items():
             if key not in had or had[key] != value:
@@ -246,18 +288,20 @@ def restored(family: int, have: Elements) -> dict[Claim, Lists]:
     """
     sets = SETS[family]
     result: dict[Claim, Lists] = {}
-    for verdicts, inside_verdicts, owner in (
+    for verdicts, inside_verdicts, maps in (
         (sets.service_ips, sets.inside_ips, sets.endpoints),
         (sets.service_nodeports, sets.inside_nodeports, sets.nodeport_endpoints),
     ):
-        slots = _slots_by_key(have.get(owner, {}))
+        slots = {width: _slots_by_key(have.get(owner, {})) for width, owner in maps.items()}
+        slots[0] = {}
         inside_verdict = have.get(inside_verdicts, {})
         for key, chain in have.get(verdicts, {}).items():
+            width, inside_width = _width(chain), _width(inside_verdict.get(key))
             result[Claim(verdicts, key)] = Lists(
-                _dense(slots.get(key), 0),
-                _width(chain),
-                _dense(slots.get(key), INSIDE_OFFSET),
-                _width(inside_verdict.get(key)),
+                _dense(slots[width].get(key), 0),
+                width,
+                _dense(slots[inside_width].get(key), INSIDE_OFFSET),
+                inside_width,
             )
     return result
 

@@ -150,6 +150,11 @@ class Set:
         return _length(self.data)
 
     @property
+    def drawn(self) -> bool:
+        """Whether the last field of the key is a slot that rules draw."""
+        return self.key[-1].source is Source.RANDOM
+
+    @property
     def typeof(self) -> bool:
         """Whether the key has a field without a name for its type, so that nft needs `typeof`."""
         return any(f.type is DataType.INTEGER for f in self.key)
@@ -167,6 +172,7 @@ class Status(Enum):
 
     NEW = "ct state new"
     TRANSLATED = "ct status dnat"
+    UNTRANSLATED = "ct status ! dnat"
     FROM_HERE = "fib saddr type local"
 
 
@@ -210,8 +216,8 @@ class FromInterface:
 
 
 @dataclass(frozen=True, slots=True)
-class Unmarked:
-    """Goes on if none of the bits is set in the packet's mark."""
+class Marked:
+    """Goes on if one of the bits is set in the packet's mark."""
 
     bits: int
 
@@ -286,7 +292,7 @@ Statement = (
     | In
     | NotFromInterface
     | FromInterface
-    | Unmarked
+    | Marked
     | Mark
     | Unmark
     | GoBy

@@ -33,6 +33,7 @@ from rules.language import (
     IsProtocol,
     Jump,
     Mark,
+    Marked,
     NotFromInterface,
     Remember,
     Rule,
@@ -42,7 +43,6 @@ from rules.language import (
     Status,
     Translate,
     Unmark,
-    Unmarked,
 )
 from rules.nft import Element, Key, Value
 
@@ -377,6 +377,8 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
             yield from _has_bit(_CT_STATE, _NEW)
         case Is(Status.TRANSLATED):
             yield from _has_bit(_CT_STATUS, _DNAT)
+        case Is(Status.UNTRANSLATED):
+            yield from _has_bit(_CT_STATUS, _DNAT, _EQUAL)
         case Is(Status.FROM_HERE):
             yield _expression("fib", number(1, 1), number(2, 3), number(3, 1))
             yield _compare(_EQUAL, struct.pack("=I", _LOCAL))
@@ -390,10 +392,10 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
             yield from _interface(_EQUAL, name, prefix)
         case NotFromInterface(name, prefix):
             yield from _interface(_UNEQUAL, name, prefix)
-        case Unmarked(bits):
+        case Marked(bits):
             yield _meta(_META_MARK, 1)
             yield _bitwise(bits, 0)
-            yield _compare(_EQUAL, bytes(4))
+            yield _compare(_UNEQUAL, bytes(4))
         case Mark(bits):
             yield from _change_mark(bits ^ 0xFFFFFFFF, bits)
         case Unmark(bits):
@@ -430,10 +432,10 @@ def _final(described: Final, family: int) -> bytes:
             return _expression("reject", number(1, 0), code)
 
 
-def _has_bit(key: int, bit: int) -> Iterator[bytes]:
+def _has_bit(key: int, bit: int, compared_to_none: int = _UNEQUAL) -> Iterator[bytes]:
     yield _expression("ct", number(1, 1), number(2, key))
     yield _bitwise(bit, 0)
-    yield _compare(_UNEQUAL, bytes(4))
+    yield _compare(compared_to_none, bytes(4))
 
 
 def _interface(operation: int, name: str, prefix: bool) -> Iterator[bytes]:

@@ -25,6 +25,7 @@ from rules.language import (
     IsProtocol,
     Jump,
     Mark,
+    Marked,
     NotFromInterface,
     Remember,
     Rule,
@@ -34,7 +35,6 @@ from rules.language import (
     Table,
     Translate,
     Unmark,
-    Unmarked,
 )
 from rules.objects import PROTOCOL_NAMES
 
@@ -123,8 +123,8 @@ def statement(described: Statement) -> str:  # noqa: PLR0912
             return f'iifname "{name}{"*" if prefix else ""}"'
         case NotFromInterface(name, prefix):
             return f'iifname != "{name}{"*" if prefix else ""}"'
-        case Unmarked(bits):
-            return f"meta mark & {bits:#010x} == 0"
+        case Marked(bits):
+            return f"meta mark & {bits:#010x} != 0"
         case Mark(bits):
             return f"meta mark set meta mark | {bits:#010x}"
         case Unmark(bits):

@@ -71,14 +71,19 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class Program(msgspec.Struct, frozen=True):
-    """What one Service wants. `affinity` holds (family, seconds) of its session affinity."""
+    """What one Service wants.
+
+    It needs rules that exist only while a Service does: `affinity` holds (family, seconds) of its
+    session affinity, `guarded` the families in which loadBalancerSourceRanges guard an address.
+    """
 
     wanted: dict[Claim, Wanted]
     shared: frozenset[Owned]
-    affinity: frozenset[tuple[int, int]]
+    affinity: frozenset[tuple[int, int]] = frozenset()
+    guarded: frozenset[int] = frozenset()
 
 
-NOTHING = Program({}, frozenset(), frozenset())
+NOTHING = Program({}, frozenset())
 
 
 class PortLists(NamedTuple):
@@ -112,6 +117,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
     wanted: dict[Claim, Wanted] = {}
     shared: set[Owned] = set()
     affinity: set[tuple[int, int]] = set()
+    guarded: set[int] = set()
     for frontend in frontends(service):
         claim = claim_of(frontend)
         if claim in wanted:
@@ -123,11 +129,15 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
         wanted[claim] = _wanted(service, frontend, lists[lists_key], around)
         if service.affinity_seconds:
             affinity.add((frontend.family, service.affinity_seconds))
+            if frontend.address:
+                shared.add((SETS[frontend.family].sticky_addresses, frontend.address, None))
+        if _is_guarded(service, frontend):
+            guarded.add(frontend.family)
         if frontend.kind is Kind.CLUSTER_IP:
             shared.add((SETS[frontend.family].cluster_ips, frontend.address, None))
     for (family, _, _), of_port in lists.items():
         shared.update(_hairpins(family, of_port, around.place.node))
-    return Program(wanted, frozenset(shared), frozenset(affinity))
+    return Program(wanted, frozenset(shared), frozenset(affinity), frozenset(guarded))
 
 
 def claim_of(frontend: Frontend) -> Claim:
@@ -185,7 +195,7 @@ def _guard(service: Service, frontend: Frontend, around: Surroundings) -> Iterat
     If the node itself may come in, packets that it sends from the load balancer's own address may
     too: some load balancers deliver with their address as an address of the node.
     """
-    if not service.source_ranges or frontend.kind is not Kind.LOAD_BALANCER_IP:
+    if not _is_guarded(service, frontend):
         return
     sets, length = SETS[frontend.family], len(frontend.address)
     ranges = [n for n in service.source_ranges if len(n.network_address.packed) == length]
@@ -197,6 +207,10 @@ def _guard(service: Service, frontend: Frontend, around: Surroundings) -> Iterat
     for network in ranges:
         low, high = network.network_address.packed, network.broadcast_address.packed
         yield sets.source_ranges, frontend.key + low, frontend.key + high
+
+
+def _is_guarded(service: Service, frontend: Frontend) -> bool:
+    return bool(service.source_ranges) and frontend.kind is Kind.LOAD_BALANCER_IP
 
 
 def _remembered(service: Service, frontend: Frontend) -> Owned:

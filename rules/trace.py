@@ -50,6 +50,7 @@ from rules.language import (
     IsProtocol,
     Jump,
     Mark,
+    Marked,
     NotFromInterface,
     Remember,
     Rule,
@@ -60,7 +61,6 @@ from rules.language import (
     Table,
     Translate,
     Unmark,
-    Unmarked,
 )
 from rules.nft import Key, Value
 from rules.objects import Address, address_text
@@ -269,13 +269,18 @@ class _Flight:
         port = int.from_bytes(target[-4:-2], "big")
         return replace(self, destination=target[:-4], port=port, target=target, slot=slot)
 
+    @property
+    def _translated(self) -> bool:
+        return (self.destination, self.port) != (self.packet.destination, self.packet.port)
+
     def holds(self, status: Status) -> bool:
         match status:
             case Status.NEW:
                 return True
             case Status.TRANSLATED:
-                before = (self.packet.destination, self.packet.port)
-                return (self.destination, self.port) != before
+                return self._translated
+            case Status.UNTRANSLATED:
+                return not self._translated
             case Status.FROM_HERE:
                 return self.packet.source in self.packet.own
 
@@ -392,8 +397,8 @@ class _Passage:
                 return self._interface(name, prefix, wanted=True)
             case NotFromInterface(name, prefix):
                 return self._interface(name, prefix, wanted=False)
-            case Unmarked(bits):
-                return _go_on(not self.flight.mark & bits)
+            case Marked(bits):
+                return _go_on(bool(self.flight.mark & bits))
             case Mark(bits):
                 self.flight = replace(self.flight, mark=self.flight.mark | bits)
                 self._note(Effect.MARKS)

@@ -383,6 +383,7 @@ Fields = dict[Where, dict[str, Any]]
 
 _ADDRESS = {4: 4, 6: 16}
 _VERDICT = re.compile(r"(.*lb)-(\d+)")
+_SLOTS = re.compile(r"(nodeport-)?endpoints-(\d+)")
 _REMEMBER = re.compile(r"remember-(\d+)")
 
 
@@ -395,9 +396,13 @@ def observed(elements: Elements, chains: Mapping[int, Iterable[str]]) -> tuple[P
         for ending in ("ips", "nodeports"):
             _read_verdicts(sets, family, ending, fields, layout)
             _read_answers(sets, family, ending, fields)
-        _read_slots(sets.get((family, "endpoints"), {}), family, _ADDRESS[family], layout)
-        _read_slots(sets.get((family, "nodeport-endpoints"), {}), family, 0, layout)
         _read_sources(sets, family, fields)
+        sticky = {key[: _ADDRESS[family]] for key in sets.get((family, "sticky-ips"), {})}
+        assert sticky <= set(sets.get((family, "sticky-addresses"), {})), "forgetful addresses"
+    for (family, name), content in sets.items():
+        if found := _SLOTS.fullmatch(name):
+            length = 0 if found[1] else _ADDRESS[family]
+            _read_slots(content, family, length, int(found[2]), layout)
     for (where, inside), slots in layout.slots.items():
         targets = frozenset(slots.values())
         assert len(targets) == len(slots), f"an endpoint in two slots of {where}: {slots}"
@@ -456,12 +461,13 @@ def _read_answers(sets: Mapping, family: int, ending: str, fields: Fields) -> No
             found["empty"] = answer
 
 
-def _read_slots(content: Mapping, family: int, length: int, layout: Layout) -> None:
+def _read_slots(content: Mapping, family: int, length: int, width: int, layout: Layout) -> None:
     for key, value in content.items():
         slot = int.from_bytes(key[-4:], sys.byteorder)
         inside = slot >= INSIDE_OFFSET
-        slots = layout.slots.setdefault(ListOf(where_of(family, length, key[:-4]), inside), {})
-        slots[slot - INSIDE_OFFSET * inside] = target_of(value)
+        list_of = ListOf(where_of(family, length, key[:-4]), inside)
+        assert layout.widths[list_of] == width, f"a slot of {list_of} is not where it is drawn from"
+        layout.slots[list_of][slot - INSIDE_OFFSET * inside] = target_of(value)
 
 
 def _read_sources(sets: Mapping, family: int, fields: Fields) -> None:

@@ -36,7 +36,7 @@ BACK = "the API server answers again"
 UNUSABLE = "object cannot be used; what was known of it stays"
 SILENT = "connection fell silent; connecting anew"
 
-ENDPOINT_MAPS = {m for sets in SETS.values() for m in (sets.endpoints, sets.nodeport_endpoints)}
+ENDPOINT_MAPS = {m for sets in SETS.values() for m in sets.endpoint_maps}
 
 
 # --- the API server, and what the kernel should have of it --------------------------------------

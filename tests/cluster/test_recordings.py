@@ -19,7 +19,7 @@ from rules.tables import INSIDE_OFFSET, SETS
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 SERVICES, SLICES, NODE, CIDRS = resources("node-1")
-ENDPOINTS = {m for s in SETS.values() for m in (s.endpoints, s.nodeport_endpoints)}
+ENDPOINTS = {m for sets in SETS.values() for m in sets.endpoint_maps}
 HERE = NodeAddresses(frozenset({b"\xac\x1f\x00\x02"}), (b"\xac\x1f\x00\x02",))
 
 
@@ -53,7 +53,7 @@ def final() -> State:
 def elements(state: State, *, widths: bool = True) -> dict[object, object]:
     """All elements; of the endpoint maps the set of endpoints of each list, whatever their slots.
 
-    Without `widths`, the verdicts are without theirs.
+    Without `widths`, verdicts and endpoint maps are without theirs.
     """
     found: dict[object, object] = {}
     lists: dict[object, set[object]] = {}
@@ -61,7 +61,9 @@ def elements(state: State, *, widths: bool = True) -> dict[object, object]:
         for key, value in items.items():
             if owner in ENDPOINTS:
                 slot = int.from_bytes(key[-4:], sys.byteorder)
-                lists.setdefault((owner, key[:-4], slot >= INSIDE_OFFSET), set()).add(value)
+                place = owner if widths else owner.name.rpartition("-")[0]
+                list_of = (owner.family, place, key[:-4], slot >= INSIDE_OFFSET)
+                lists.setdefault(list_of, set()).add(value)
             elif not widths and isinstance(value, str):
                 found[owner, key] = re.sub(r"lb-\d+$", "lb", value)
             else:

@@ -14,22 +14,23 @@ from collections.abc import Iterator
 import pytest
 
 from agent.config import options
+from agent.events import Upsert
 from agent.world import World
 from rules import netlink
 from rules.objects import EndpointSlice, Object
 from rules.slots import fitting
-from rules.tables import FAMILIES
-from rules.transaction import Transaction
+from rules.tables import FAMILIES, SETS
+from rules.transaction import Transaction, encode, encode_vacated
 from tests import manifest
 from tests.kernel.proxy import Proxy
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
 
-RULES = 967
+RULES = 964
 """The rules of one family's table while no Service asks for session affinity and pods of this node
-cannot be told from others. All of them but 27 choose endpoints, over the 32 widths."""
+cannot be told from others. All of them but 24 choose endpoints, over the 32 widths."""
 
-MOST_RULES = 1655
+MOST_RULES = 1650
 """The rules with both, one timeout being asked for; every other timeout adds three."""
 
 PER_SLICE, MOST_SLICES = 1000, 4
@@ -84,11 +85,11 @@ def slices(numbers: list[int], *, node: str = "node-2", **conditions: bool) -> l
 
 
 def operations(transaction: Transaction) -> Counter[str]:
-    """Operations by set, both families together."""
+    """Operations by set, both families and the maps of all widths together."""
     counts: Counter[str] = Counter()
     for side in (transaction.change.removed, transaction.change.added):
         for owner, items in side.items():
-            counts[owner.name] += len(items)
+            counts[owner.name.rpartition("-")[0] if owner.drawn else owner.name] += len(items)
     return counts
 
 
@@ -112,12 +113,31 @@ def test_an_endpoint_that_comes_costs_one_operation_per_address(proxy, size):
     proxy.put(web(), *slices(list(range(size))))
     transaction = proxy.put(*slices(list(range(size + 1))))
     counts = operations(transaction)
-    assert sum(counts[name] for name in DATA) == ADDRESSES
-    # three fill their width, so the fourth changes the verdict: out with the old, in with the new
+    # three fill their width: with the fourth they move to another map, and the verdict changes
     outgrown = fitting(size) != fitting(size + 1)
     assert outgrown == (size == 3)
-    assert counts.total() - ADDRESSES == verdict_operations(transaction)
+    each = 1 + 2 * size if outgrown else 1
+    assert sum(counts[name] for name in DATA) == each * ADDRESSES
     assert verdict_operations(transaction) == (2 * ADDRESSES if outgrown else 0)
+    assert counts.total() == each * ADDRESSES + verdict_operations(transaction)
+    # what they leave behind is deleted when no packet draws it any more
+    vacated = sum(map(len, transaction.change.vacated.values()))
+    assert vacated == (size * ADDRESSES if outgrown else 0)
+
+
+def test_a_packet_that_read_the_old_verdict_still_draws_from_the_old_map(proxy):
+    """The kernel changes generations between two lookups of one packet. With one batch for all,
+    19 of 945,118 first packets were lost in 50,673 changes of width; none so."""
+    proxy.put(web(), *slices([0, 1, 2]))
+    old, new = SETS[4].endpoints[3], SETS[4].endpoints[4]
+    before = proxy.kernel.elements(old)
+    proxy.state.apply(Upsert(piece) for piece in slices([0, 1, 2, 3]))
+    transaction = proxy.state.step()
+    proxy.kernel.send(encode(transaction, proxy.kernel.table_flags))
+    assert proxy.kernel.elements(old) == before
+    assert len(proxy.kernel.elements(new)) == 2 * 4  # the cluster IP's and the external IP's
+    proxy.kernel.send(encode_vacated(transaction.change))
+    assert proxy.kernel.elements(old) == {}
 
 
 @pytest.mark.parametrize("size", [3, 3000])

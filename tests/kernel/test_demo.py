@@ -165,8 +165,8 @@ def test_without_root_it_says_what_is_needed(monkeypatch):
 
 WEB = Question("pod", demo.WEB_4, 80, pods=demo.WEB)
 LIES = {
-    r"web-1.* answered, but announced was web-2, web-3, web-4$": {"pods": demo.WEB[1:]},
-    r"answered, but announced was web-1, .*, web-5$": {"pods": (*demo.WEB, "web-5")},
+    r"web-1.* answered, but announced was web-2, web-3, web-4, web-5$": {"pods": demo.WEB[1:]},
+    r"answered, but announced was web-1, .*, web-6$": {"pods": (*demo.WEB, "web-6")},
     r"announced was always the same of": {"sticky": True},
     r"the pods see 172\.31\.0\.2, but they saw 10\.244\.1\.16$": {"sees": "node"},
     r"announced was refused, but it was: 20 answered$": {"outcome": "refused"},

@@ -130,8 +130,9 @@ def test_what_changed_while_it_was_dead_is_all_that_is_written(world: World, pla
             write(place, *documents(1, 2, 3))
             first = agent.restart()
             line = agent.wait("programmed", since=first)
-        # a slot for the third endpoint, its hairpin, and the wider chain instead of the old one
-        assert line["elements"] == "endpoints +1, hairpins +1, service-ips +1 -1"
+        # three outgrow the chain and the map of two; the third is a hairpin, too
+        moved = "endpoints-2 -2, endpoints-3 +3, hairpins +1, service-ips +1 -1"
+        assert line["elements"] == moved
         assert set(connections.outcomes) == {"answered"}
 
 
@@ -156,8 +157,8 @@ def test_an_owned_table_outlives_flushes_and_refuses_changes(world: World, place
             assert nft(world, "flush", "ruleset").returncode == 0
             for attempt in (
                 ("delete", "table", "ip", "sliceproxy"),
-                ("flush", "chain", "ip", "sliceproxy", "services"),
-                ("flush", "map", "ip", "sliceproxy", "endpoints"),
+                ("flush", "chain", "ip", "sliceproxy", "nat-prerouting"),
+                ("flush", "map", "ip", "sliceproxy", "endpoints-2"),
             ):
                 refused = nft(world, *attempt)
                 assert refused.returncode != 0
@@ -171,8 +172,8 @@ def test_an_owned_table_outlives_flushes_and_refuses_changes(world: World, place
     [
         "flush ruleset",
         "delete table ip sliceproxy",
-        "flush chain ip sliceproxy services",
-        "flush map ip sliceproxy endpoints",
+        "flush chain ip sliceproxy lb-2",
+        "flush map ip sliceproxy endpoints-2",
         "flush chain ip sliceproxy nat-prerouting",
     ],
 )
@@ -196,7 +197,7 @@ def test_elements_and_sets_of_others_in_our_table_are_removed(world: World, plac
             "add element ip sliceproxy cluster-ips { 10.9.9.9 }",
             "add set ip sliceproxy stranger { type ipv4_addr; }",
             "add chain ip sliceproxy stranger",
-            "add rule ip sliceproxy services drop",
+            "add rule ip sliceproxy inside drop",
         ):
             first = len(agent.lines)
             assert nft(world, command).returncode == 0

@@ -88,7 +88,7 @@ def test_a_chain_draws_from_its_width_and_at_last_from_slots_that_are_filled(wid
             offset = INSIDE_OFFSET if inside else 0
             assert draws(chain) == [(modulus, offset) for modulus in expected]
             used = {s.map for r in chain.rules for s in r.statements if isinstance(s, Translate)}
-            assert used == {sets.nodeport_endpoints if node_port else sets.endpoints}
+            assert used == {(sets.nodeport_endpoints if node_port else sets.endpoints)[width]}
 
 
 @widths

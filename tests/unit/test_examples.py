@@ -82,7 +82,7 @@ def test_cluster_ips_are_in_the_service_cidrs():
 
 
 def test_endpoints_and_nodes_are_where_the_world_has_them():
-    hosts = World(pods=6, remotes=7).hosts
+    hosts = World(pods=6, remotes=8).hosts
     played_by = {pod: hosts[name] for name, pod in demo.PODS.items()}
     (node,) = of_kind(Node)
     assert [address_text(a) for a in node.addresses] == [hosts["node"].ipv4, hosts["node"].ipv6]
