@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from rules.language import (
     Chain,
@@ -360,11 +361,15 @@ def register(unit: int) -> int:
 
 def rule_body(table: str, chain: str, described: Rule, family: int) -> bytes:
     """A rule: where it belongs, its expressions and its comment."""
-    body = string(1, table) + string(2, chain)
-    body += nest(4, *(e for s in described.statements for e in _statement(s, family)))
+    body = string(1, table) + string(2, chain) + _expressions(described.statements, family)
     if described.comment:
         body += attribute(7, _tlv(0, described.comment.encode() + b"\0"))
     return body
+
+
+@lru_cache(maxsize=16)  # the draws of a chain are alike, one after the other
+def _expressions(statements: tuple[Statement, ...], family: int) -> bytes:
+    return nest(4, *(e for s in statements for e in _statement(s, family)))
 
 
 def _expression(name: str, *parts: bytes) -> bytes:
@@ -540,9 +545,10 @@ def encode_elements(owner: Set, elements: Iterable[Element]) -> list[bytes]:
     """Each element as a list attribute, ready to be joined."""
     if owner.interval:
         return [part for e in elements for part in _encode_range(owner, e)]
-    if owner.verdicts:
-        return [_encode_verdict(key, value) for key, value in elements if isinstance(value, str)]
     length = owner.key_length
+    if owner.verdicts:
+        parts = _Verdicts(length)
+        return [key.join(parts[value]) for key, value in elements if isinstance(value, str)]
     padding = bytes(-length % 4)
     if not owner.data:
         head = nest(1, nest(1, attribute(1, bytes(length))))[:12]
@@ -553,8 +559,18 @@ def encode_elements(owner: Set, elements: Iterable[Element]) -> list[bytes]:
     return [head + key + middle + value for key, value in elements if isinstance(value, bytes)]
 
 
-def _encode_verdict(key: bytes, chain: str) -> bytes:
-    return nest(1, nest(1, attribute(1, key)), nest(2, verdict_data(GOTO, chain)))
+class _Verdicts(dict[str, tuple[bytes, bytes]]):
+    """By chain, what stands before and behind the key in an element that goes to the chain."""
+
+    def __init__(self, key_length: int) -> None:
+        super().__init__()
+        self._length = key_length
+
+    def __missing__(self, chain: str) -> tuple[bytes, bytes]:
+        key = attribute(1, bytes(self._length))
+        element = nest(1, nest(1, key), nest(2, verdict_data(GOTO, chain)))
+        self[chain] = element[:12], element[12 + self._length :]
+        return self[chain]
 
 
 def encode_keys(owner: Set, elements: Iterable[Element]) -> list[bytes]:
