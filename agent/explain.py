@@ -327,7 +327,7 @@ def _other_ports(state: State, target: Target) -> Iterator[str]:
 def _left_to_others(state: State, target: Target) -> Iterator[str]:
     others = (s for name, s in state.services.items() if name not in state.programs)
     for service, kind in _with_address(others, target.address):
-        proxy = service.labels.get(PROXY_NAME_LABEL)
+        proxy = service.proxy_name
         reason = f"its label {PROXY_NAME_LABEL}={proxy}" if proxy else "its labels"
         yield f"it is {_a(kind)} of Service {service.name}, but {reason} leave it to another proxy"
 

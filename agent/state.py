@@ -43,8 +43,6 @@ from rules.frontends import FAMILY_OF_LENGTH
 from rules.language import Set, Table
 from rules.nft import Key, Value
 from rules.objects import (
-    HEADLESS_LABEL,
-    PROXY_NAME_LABEL,
     Address,
     EndpointSlice,
     Name,
@@ -174,11 +172,7 @@ class State:
         return [s for _, s in sorted(self.slices.get(service, {}).items()) if self._ours(s)]
 
     def _ours(self, item: Service | EndpointSlice) -> bool:
-        return (
-            item.labels.get(PROXY_NAME_LABEL, "") == self.options.proxy_name
-            and (PROXY_NAME_LABEL in item.labels) == bool(self.options.proxy_name)
-            and HEADLESS_LABEL not in item.labels
-        )
+        return item.proxy_name == (self.options.proxy_name or None) and not item.headless
 
     # the node
 

@@ -80,12 +80,14 @@ class Service(msgspec.Struct, frozen=True):
 
     `proxied` is false for Services that have no address of their own (headless, ExternalName, not
     allocated yet). `created` is the API's RFC 3339 string, whose order is that of time.
-    `affinity_seconds` is 0 without session affinity.
+    `affinity_seconds` is 0 without session affinity. `proxy_name` is that label's value, None
+    without the label.
     """
 
     name: Name
     created: str
-    labels: dict[str, str]
+    proxy_name: str | None
+    headless: bool
     proxied: bool
     cluster_ips: tuple[Address, ...]
     external_ips: tuple[Address, ...]
@@ -125,11 +127,15 @@ class SlicePort(NamedTuple):
 
 
 class EndpointSlice(msgspec.Struct, frozen=True):
-    """A slice. `family` is 4 or 6, or 0 where the slice holds no addresses a proxy can use."""
+    """A slice. `family` is 4 or 6, or 0 where the slice holds no addresses a proxy can use.
+
+    `proxy_name` and `headless` are labels, as a Service's.
+    """
 
     name: Name
     service: Name
-    labels: dict[str, str]
+    proxy_name: str | None
+    headless: bool
     family: int
     ports: tuple[SlicePort, ...]
     endpoints: tuple[Endpoint, ...]
@@ -423,7 +429,7 @@ def _name(metadata: _Metadata) -> Name:
 
 
 def _service(shape: _ServiceShape) -> Service:
-    spec, problems = shape.spec, _Problems()
+    spec, problems, labels = shape.spec, _Problems(), shape.metadata.labels or {}
     kind = problems.choice(
         "spec.type", spec.type, ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
     )
@@ -431,10 +437,12 @@ def _service(shape: _ServiceShape) -> Service:
     proxied = kind != "ExternalName" and bool(addresses) and addresses[0] not in ("", "None")
     ingress = shape.status and shape.status.load_balancer and shape.status.load_balancer.ingress
     local = ("Cluster", "Local")
+    name = _name(shape.metadata)
     return Service(
-        name=_name(shape.metadata),
+        name=Name(name.namespace, sys.intern(name.name)),  # its slices have the same string
         created=shape.metadata.creation_timestamp or "",
-        labels=shape.metadata.labels or {},
+        proxy_name=labels.get(PROXY_NAME_LABEL),
+        headless=HEADLESS_LABEL in labels,
         proxied=proxied,
         cluster_ips=problems.usable("spec.clusterIPs", parse_address, addresses) if proxied else (),
         external_ips=problems.usable("spec.externalIPs", parse_address, spec.external_ips or []),
@@ -540,7 +548,8 @@ def _slice(shape: _SliceShape) -> EndpointSlice:
     return EndpointSlice(
         name=name,
         service=Name(name.namespace, sys.intern(service)),
-        labels=labels,
+        proxy_name=labels.get(PROXY_NAME_LABEL),
+        headless=HEADLESS_LABEL in labels,
         family=family,
         ports=_slice_ports(shape.ports or [], problems),
         endpoints=_endpoints(endpoints, _PACKED_LENGTH[family], problems) if family else (),

@@ -24,8 +24,6 @@ from agent.config import DetectLocalMode, Options
 from agent.events import NodeAddresses
 from rules.diff import Elements
 from rules.objects import (
-    HEADLESS_LABEL,
-    PROXY_NAME_LABEL,
     READY,
     SERVING,
     TERMINATING,
@@ -177,11 +175,11 @@ def local_list(found: Mapping[Target, Endpoint], node: str) -> frozenset[Target]
 
 def is_ours(item: Service | EndpointSlice, options: Options) -> bool:
     """The label selector of the watch."""
-    if HEADLESS_LABEL in item.labels:
+    if item.headless:
         return False
     if options.proxy_name:
-        return item.labels.get(PROXY_NAME_LABEL) == options.proxy_name
-    return PROXY_NAME_LABEL not in item.labels
+        return item.proxy_name == options.proxy_name
+    return item.proxy_name is None
 
 
 def primary_addresses(objects: Objects) -> dict[int, bytes]:

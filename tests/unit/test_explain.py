@@ -267,8 +267,7 @@ def test_a_state_that_knows_nothing_still_answers() -> None:
 )
 def test_why_nobody_answers(question: str, reason: str) -> None:
     meshed = msgspec.structs.replace(
-        service("meshed", cluster_ips=["10.96.0.30"]),
-        labels={"service.kubernetes.io/service-proxy-name": "mesh"},
+        service("meshed", cluster_ips=["10.96.0.30"]), proxy_name="mesh"
     )
     found = explain(stepped(web(), behind(LOCAL, REMOTE), meshed), question)
     assert found.answering is None

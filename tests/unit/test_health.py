@@ -474,7 +474,8 @@ def service(**changes: Any) -> ServiceObject:
     fields: dict[str, Any] = {
         "name": WEB,
         "created": "",
-        "labels": {},
+        "proxy_name": None,
+        "headless": False,
         "proxied": True,
         "cluster_ips": (),
         "external_ips": (),
@@ -493,7 +494,8 @@ def piece(family: int, *endpoints: tuple[str, int, str], ports: int = 1) -> Endp
     return EndpointSlice(
         Name("shop", "web-x"),
         WEB,
-        {},
+        None,
+        False,
         family,
         tuple(SlicePort(str(i), TCP, 8000 + i) for i in range(ports)),
         tuple(Endpoint(ipaddress.ip_address(a).packed, c, n) for a, c, n in endpoints),

@@ -42,7 +42,8 @@ def service(**changes: Any) -> Service:
     fields: dict[str, Any] = {
         "name": WEB,
         "created": "",
-        "labels": {},
+        "proxy_name": None,
+        "headless": False,
         "proxied": True,
         "cluster_ips": (b"\x0a\x60\0\1",),
         "external_ips": (),
@@ -60,7 +61,9 @@ def service(**changes: Any) -> Service:
 def piece(family: int = 4, triggered: str = "", node: str = "here") -> EndpointSlice:
     endpoint = Endpoint(b"\x0a\0\0\1" if family == 4 else bytes(15) + b"\1", 3, node)
     ports = (SlicePort("http", 6, 8080), SlicePort("alt", 6, 8081))
-    return EndpointSlice(Name("shop", "web-x"), WEB, {}, family, ports, (endpoint,), triggered)
+    return EndpointSlice(
+        Name("shop", "web-x"), WEB, None, False, family, ports, (endpoint,), triggered
+    )
 
 
 def change(added: dict[Any, int], removed: dict[Any, int] | None = None) -> Change:

@@ -136,7 +136,8 @@ def test_a_service_in_full():
     assert found == Service(
         name=Name("shop", "web"),
         created=manifest.CREATED,
-        labels={},
+        proxy_name=None,
+        headless=False,
         proxied=True,
         cluster_ips=(packed("10.96.0.1"), packed("fd00::1")),
         external_ips=(packed("198.51.100.1"),),
@@ -157,7 +158,7 @@ def test_a_service_in_full():
 def test_a_service_of_which_only_what_must_be_is_there():
     found = decode("Service", b'{"metadata":{"name":"a"},"spec":{}}')
     assert found == Service(
-        Name("default", "a"), "", {}, False, (), (), (), (), False, False, 0, (), 0
+        Name("default", "a"), "", None, False, False, (), (), (), (), False, False, 0, (), 0
     )
 
 
@@ -444,7 +445,7 @@ def test_null_lists_are_empty_lists():
         loadBalancerSourceRanges=None,
         sessionAffinityConfig=None,
     )
-    assert (found.external_ips, found.ports, found.labels) == ((), (), {})
+    assert (found.external_ips, found.ports, found.proxy_name) == ((), (), None)
     assert found.problems == ()
     piece = slice_of(endpoints=None, ports=None)
     assert (piece.endpoints, piece.ports, piece.problems) == ((), (), ())

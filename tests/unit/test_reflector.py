@@ -26,8 +26,6 @@ from agent.sources.reflector import (
     resources,
 )
 from rules.objects import (
-    HEADLESS_LABEL,
-    PROXY_NAME_LABEL,
     EndpointSlice,
     Name,
     Object,
@@ -148,7 +146,7 @@ def watched(table: dict[Name | str, Object]) -> dict[Name | str, Object]:
         name: item
         for name, item in table.items()
         if isinstance(item, Service | EndpointSlice)
-        and not {PROXY_NAME_LABEL, HEADLESS_LABEL} & item.labels.keys()
+        and (item.proxy_name, item.headless) == (None, False)
     }
 
 

@@ -60,7 +60,7 @@ def piece(
     family: int = 4,
 ) -> EndpointSlice:
     return EndpointSlice(
-        Name("default", name), Name("default", "web"), {}, family, ports, endpoints
+        Name("default", name), Name("default", "web"), None, False, family, ports, endpoints
     )
 
 
