@@ -366,7 +366,7 @@ def _is_endpoint(state: State, target: Target) -> Iterator[str]:
 
 def _all_endpoints(state: State) -> Iterator[tuple[Name, Endpoint]]:
     for service, pieces in state.slices.items():
-        for piece in pieces.values():
+        for piece in pieces:
             for endpoint in piece.endpoints:
                 yield service, endpoint
 

@@ -81,7 +81,7 @@ class State:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.services: dict[Name, Service] = {}
-        self.slices: dict[Name, dict[Name, EndpointSlice]] = {}
+        self.slices: dict[Name, tuple[EndpointSlice, ...]] = {}
         self.node: Node | None = None
         self.service_cidrs: dict[str, ServiceCIDR] = {}
         self.addresses = NodeAddresses(frozenset(), ())
@@ -125,11 +125,13 @@ class State:
                 self.services[new.name] = new
                 self._dirty.add(new.name)
             case EndpointSlice():
-                known = self.slices.get(new.service, {}).get(new.name)
-                if known == new:
+                if new in self.slices.get(new.service, ()):
                     return
                 self._drop_slice(new.name)
-                self.slices.setdefault(new.service, {})[new.name] = new
+                siblings = (*self.slices.get(new.service, ()), new)
+                if len(siblings) > 1:
+                    siblings = tuple(sorted(siblings, key=lambda s: s.name))
+                self.slices[new.service] = siblings
                 self._slice_owner[new.name] = new.service
                 self._dirty.add(new.service)
             case Node():
@@ -162,14 +164,15 @@ class State:
         if owner is None:
             return
         self._dirty.add(owner)
-        siblings = self.slices[owner]
-        del siblings[name]
-        if not siblings:
+        siblings = tuple(s for s in self.slices[owner] if s.name != name)
+        if siblings:
+            self.slices[owner] = siblings
+        else:
             del self.slices[owner]
 
     def slices_of(self, service: Name) -> list[EndpointSlice]:
         """The slices of a Service that are ours to proxy, ordered by name."""
-        return [s for _, s in sorted(self.slices.get(service, {}).items()) if self._ours(s)]
+        return [s for s in self.slices.get(service, ()) if self._ours(s)]
 
     def _ours(self, item: Service | EndpointSlice) -> bool:
         return item.proxy_name == (self.options.proxy_name or None) and not item.headless
@@ -361,7 +364,7 @@ class State:
         new = program(service, self.slices_of(name), self._around) if service and ours else NOTHING
         old = self.programs.get(name, NOTHING)
         self._observe(name, service if ours else None, old, new)
-        for element in new.shared ^ old.shared:
+        for element in {*new.shared} ^ {*old.shared}:
             counted.setdefault(element, self._counts[element] > 0)
             self._counts[element] += 1 if element in new.shared else -1
         _count(self._affinity, old.affinity, new.affinity)

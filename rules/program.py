@@ -9,8 +9,8 @@ elements, which several Services may want and which therefore are counted.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -29,8 +29,13 @@ from rules.selection import (
 )
 from rules.tables import CLUSTER, MASQUERADE, PLAIN, SETS, remember
 
+_T = TypeVar("_T")
+
 Owned = tuple[Set, Key, Value]
 """An element with the set it belongs to."""
+
+
+_NONE: frozenset[Any] = frozenset()  # Python makes a new one, of 216 bytes, each time it is asked
 
 
 class Surroundings(NamedTuple):
@@ -67,23 +72,23 @@ class Wanted(msgspec.Struct, frozen=True):
     endpoints: tuple[Target, ...]
     inside: tuple[Target, ...] | None
     elements: frozenset[Owned]
-    serving: frozenset[Target] = frozenset()
+    serving: frozenset[Target] = _NONE
 
 
 class Program(msgspec.Struct, frozen=True):
-    """What one Service wants.
+    """What one Service wants. `shared` has no element twice.
 
     It needs rules that exist only while a Service does: `affinity` holds (family, seconds) of its
     session affinity, `guarded` the families in which loadBalancerSourceRanges guard an address.
     """
 
     wanted: dict[Claim, Wanted]
-    shared: frozenset[Owned]
-    affinity: frozenset[tuple[int, int]] = frozenset()
-    guarded: frozenset[int] = frozenset()
+    shared: tuple[Owned, ...]
+    affinity: frozenset[tuple[int, int]] = _NONE
+    guarded: frozenset[int] = _NONE
 
 
-NOTHING = Program({}, frozenset())
+NOTHING = Program({}, ())
 
 
 class PortLists(NamedTuple):
@@ -95,7 +100,7 @@ class PortLists(NamedTuple):
     found: dict[Target, Endpoint]
     cluster: Selection
     local: Selection
-    serving: frozenset[Target] = frozenset()
+    serving: frozenset[Target] = _NONE
 
 
 def port_lists(frontend: Frontend, slices: Iterable[EndpointSlice], place: Place) -> PortLists:
@@ -106,7 +111,7 @@ def port_lists(frontend: Frontend, slices: Iterable[EndpointSlice], place: Place
         found,
         cluster_list(found, place),
         local_list(found, place),
-        serving(found) if port.protocol == UDP else frozenset(),
+        serving(found) if port.protocol == UDP else _NONE,
     )
 
 
@@ -115,7 +120,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
     slices = tuple(slices)
     lists: dict[tuple[int, str, int], PortLists] = {}
     wanted: dict[Claim, Wanted] = {}
-    shared: set[Owned] = set()
+    shared: dict[Owned, None] = {}
     affinity: set[tuple[int, int]] = set()
     guarded: set[int] = set()
     for frontend in frontends(service):
@@ -130,14 +135,18 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
         if service.affinity_seconds:
             affinity.add((frontend.family, service.affinity_seconds))
             if frontend.address:
-                shared.add((SETS[frontend.family].sticky_addresses, frontend.address, None))
+                shared[SETS[frontend.family].sticky_addresses, frontend.address, None] = None
         if _is_guarded(service, frontend):
             guarded.add(frontend.family)
         if frontend.kind is Kind.CLUSTER_IP:
-            shared.add((SETS[frontend.family].cluster_ips, frontend.address, None))
+            shared[SETS[frontend.family].cluster_ips, frontend.address, None] = None
     for (family, _, _), of_port in lists.items():
-        shared.update(_hairpins(family, of_port, around.place.node))
-    return Program(wanted, frozenset(shared), frozenset(affinity), frozenset(guarded))
+        shared.update(dict.fromkeys(_hairpins(family, of_port, around.place.node)))
+    return Program(wanted, tuple(shared), _frozen(affinity), _frozen(guarded))
+
+
+def _frozen(items: Collection[_T]) -> frozenset[_T]:
+    return frozenset(items) if items else _NONE
 
 
 def claim_of(frontend: Frontend) -> Claim:
@@ -167,7 +176,7 @@ def _wanted(service: Service, frontend: Frontend, lists: PortLists, around: Surr
         bool(service.affinity_seconds),
         selection.targets,
         lists.cluster.targets if frontend.external and frontend.local else None,
-        frozenset(elements),
+        _frozen(elements),
         lists.serving,
     )
 

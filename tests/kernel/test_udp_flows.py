@@ -276,7 +276,7 @@ def _restarted(before: State, changed: Sequence[EndpointSlice] = ()) -> State:
         before.node,
         dict(before.service_cidrs),
     )
-    after.slices = {n: {s.name: s for s in changed} or dict(o) for n, o in before.slices.items()}
+    after.slices = {n: tuple(changed) or o for n, o in before.slices.items()}
     after._dirty = set(after.services)
     return after
 
@@ -317,7 +317,7 @@ def test_a_flow_begun_before_the_service_recovers(
         assert flow.target == flow.destination
         if restart:
             proxy.state.services[dns().name] = dns()
-            proxy.state.slices[dns().name] = {s.name: s for s in slices(world, "pod-1")}
+            proxy.state.slices[dns().name] = tuple(slices(world, "pod-1"))
             proxy.state._dirty.add(dns().name)
             proxy.resync()
         else:
