@@ -360,10 +360,12 @@ class State:
     def _reprogram(self, name: Name, counted: dict[Owned, bool]) -> set[Claim]:
         """Computes a Service's program; returns the claims whose outcome may be another now."""
         service = self.services.get(name)
-        ours = service is not None and self._ours(service)
-        new = program(service, self.slices_of(name), self._around) if service and ours else NOTHING
+        if service and not self._ours(service):
+            service = None
+        slices = self.slices_of(name) if service else []
+        new = program(service, slices, self._around) if service else NOTHING
         old = self.programs.get(name, NOTHING)
-        self._observe(name, service if ours else None, old, new)
+        self._observe(name, service, slices, old, new)
         for element in {*new.shared} ^ {*old.shared}:
             counted.setdefault(element, self._counts[element] > 0)
             self._counts[element] += 1 if element in new.shared else -1
@@ -373,21 +375,30 @@ class State:
             self.programs.pop(name, None)
         else:
             self.programs[name] = new
-        touched = {
-            claim
-            for claim in {**old.wanted, **new.wanted}
-            if old.wanted.get(claim) != new.wanted.get(claim)
-        }
+        if old is NOTHING:
+            touched = {*new.wanted}
+        else:
+            touched = {
+                claim
+                for claim in {**old.wanted, **new.wanted}
+                if old.wanted.get(claim) != new.wanted.get(claim)
+            }
         for claim in touched:
             if (claim in old.wanted) != (claim in new.wanted):
                 self._claim(claim, name, wants=claim in new.wanted)
         # a Service that was made anew is younger than before: others may win now
         return touched.union(c for c in new.wanted if len(self._claimants[c]) > 1)
 
-    def _observe(self, name: Name, service: Service | None, old: Program, new: Program) -> None:
+    def _observe(
+        self,
+        name: Name,
+        service: Service | None,
+        slices: Iterable[EndpointSlice],
+        old: Program,
+        new: Program,
+    ) -> None:
         """Keeps up what is told to load balancers and to metrics."""
-        node = self.options.node
-        check = health_check(service, self.slices_of(name), node) if service else None
+        check = health_check(service, slices, self.options.node) if service else None
         if check:
             self.health_checks[name] = check
         else:
