@@ -517,22 +517,26 @@ class Watcher(threading.Thread):
         poll.register(self._socket, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         while all(fd != self._wake for fd, _ in poll.poll()):
-            if self._receive():
-                self._disturbed()
+            self._receive()
+        self._receive()
         self._socket.close()
         os.close(self._wake)
 
-    def _receive(self) -> bool:
-        try:
-            data = self._socket.recv(_RECEIVE)
-        except BlockingIOError:
-            return False
-        except OSError:  # ENOBUFS: something was lost, and it may have been about us
-            return True
-        return any(_is_ours(kind, body) for kind, _, _, body in _messages(data))
+    def _receive(self) -> None:
+        """Tells of everything that has come."""
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: something was lost, and it may have been about us
+                self._disturbed()
+                continue
+            if any(_is_ours(kind, body) for kind, _, _, body in _messages(data)):
+                self._disturbed()
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, once it has told of everything that came before."""
         os.eventfd_write(self._wake, 1)
         self.join()
 
