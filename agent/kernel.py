@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import select
 import socket
@@ -341,7 +342,8 @@ class Kernel:
         self._socket.send(netlink.message(kind, family, body, flags, self._sequence))
         done = False
         while not done:
-            for answer, sequence, answer_flags, content in _messages(self._socket.recv(_RECEIVE)):
+            received = itertools.chain.from_iterable(map(_messages, self._receive()))
+            for answer, sequence, answer_flags, content in received:
                 if sequence != self._sequence:
                     continue
                 if answer == NLMSG_ERROR:
@@ -352,6 +354,10 @@ class Kernel:
                     break
                 yield answer_flags, content[4:]
                 done = not flags & NLM_F_DUMP
+
+    def _receive(self) -> list[bytes]:
+        """Waits for answers to a request: what is there, one datagram or several."""
+        return [self._socket.recv(_RECEIVE)]
 
     # owning
 
