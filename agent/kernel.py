@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import select
 import socket
@@ -345,7 +346,8 @@ class Kernel:
         self._socket.send(netlink.message(kind, family, body, flags, self._sequence))
         done = False
         while not done:
-            for answer, sequence, answer_flags, content in _messages(self._socket.recv(_RECEIVE)):
+            received = itertools.chain.from_iterable(map(_messages, self._receive()))
+            for answer, sequence, answer_flags, content in received:
                 if sequence != self._sequence:
                     continue
                 if answer == NLMSG_ERROR:
@@ -356,6 +358,10 @@ class Kernel:
                     break
                 yield answer_flags, content[4:]
                 done = not flags & NLM_F_DUMP
+
+    def _receive(self) -> list[bytes]:
+        """Waits for answers to a request: what is there, one datagram or several."""
+        return [self._socket.recv(_RECEIVE)]
 
     # owning
 
@@ -521,22 +527,26 @@ class Watcher(threading.Thread):
         poll.register(self._socket, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         while all(fd != self._wake for fd, _ in poll.poll()):
-            if self._receive():
-                self._disturbed()
+            self._receive()
+        self._receive()
         self._socket.close()
         os.close(self._wake)
 
-    def _receive(self) -> bool:
-        try:
-            data = self._socket.recv(_RECEIVE)
-        except BlockingIOError:
-            return False
-        except OSError:  # ENOBUFS: something was lost, and it may have been about us
-            return True
-        return any(_is_ours(kind, body) for kind, _, _, body in _messages(data))
+    def _receive(self) -> None:
+        """Tells of everything that has come."""
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: something was lost, and it may have been about us
+                self._disturbed()
+                continue
+            if any(_is_ours(kind, body) for kind, _, _, body in _messages(data)):
+                self._disturbed()
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, once it has told of everything that came before."""
         os.eventfd_write(self._wake, 1)
         self.join()
 

@@ -6,7 +6,8 @@ delay: an idle node programs a change at once, a busy one in larger batches.
 
 The loop trusts its memory of what it wrote, until something says that it should not: the kernel
 refuses a transaction as stale, or a `Watcher` saw somebody else change the tables. Then it reads
-everything back, keeps the slots it finds, and writes the difference.
+everything back, keeps the slots it finds, and writes the difference. At a start it does the same;
+what there is has been read ahead by then, see `agent.readahead`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from agent.events import Event, Synced
 from agent.health import HealthCheck, Heartbeat
 from agent.kernel import Kernel, KernelError, OwnedByOther, Stale, Watcher
 from agent.metrics import Recorder
+from agent.readahead import ReadAhead, read_now
 from agent.state import KernelView, State
 from rules.conntrack import Serving
 from rules.diff import Change
@@ -56,21 +58,23 @@ RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 OWNER_POLL_SECONDS = 0.2
 
 
-def reader(kernel: Kernel) -> Callable[[Table], KernelView | None]:
-    """Reads back what the kernel has in place of a table, for `State.resync`.
+def reader(kernel: Kernel, ahead: ReadAhead | None = None) -> Callable[[Table], KernelView | None]:
+    """Reads back what the kernel has in place of a table, for `State.resync`, unless that was read
+    ahead.
 
     A table that has not the ownership that our tables get must be made anew, so nothing of it
     counts as being as wanted.
     """
 
     def read(table: Table) -> KernelView | None:
-        found = kernel.find(table.family)
-        if found is None:
+        there = ahead.take(table.family) if ahead else None
+        there = there or read_now(kernel, table.family)
+        if there is None:
             return None
-        known = found.known(table)
-        if not kernel.fits(found):
+        known = there.found.known(table)
+        if not kernel.fits(there.found):
             known = known._replace(sets=dict.fromkeys(known.sets))
-        return KernelView(known, kernel.read(found))
+        return KernelView(known, there.elements)
 
     return read
 
@@ -97,11 +101,13 @@ class Loop:
         *,
         show_elements: bool = False,
         observers: Observers = _NOBODY,
+        ahead: ReadAhead | None = None,
     ) -> None:
         self.state = state
         self._show_elements = show_elements
         self._kernel = kernel
         self._log = log
+        self._ahead = ahead
         self._flows = Flows(log)
         self._recorder, self._heartbeat, self._tell_checks = observers
         self._queue: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
@@ -127,6 +133,8 @@ class Loop:
         finally:
             if watcher:
                 watcher.stop()
+            if self._ahead:
+                self._ahead.stop()
 
     def _turn(self) -> bool:
         """Takes in everything that has come, then programs it. False once told to stop."""
@@ -215,7 +223,8 @@ class Loop:
     def _resync(self) -> None:
         started = time.perf_counter()
         self._kernel.take_over()
-        transaction = self.state.resync(reader(self._kernel))
+        ahead, self._ahead = self._ahead, None
+        transaction = self.state.resync(reader(self._kernel, ahead))
         self._apply(transaction, started, compared=True)
         if self._disturbed and transaction:
             self._recorder.repaired()

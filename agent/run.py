@@ -2,8 +2,9 @@
 and metrics beside it.
 
 The order of a start matters. The kernel's socket comes first, since nothing goes without it; then
-the health and metrics servers, so that a probe gets an answer from the beginning; then the node's
-addresses, which Services depend on; the source of Services last.
+the health and metrics servers, so that a probe gets an answer from the beginning; then a thread
+that reads the tables back beside all the rest; then the node's addresses, which Services depend on;
+the source of Services last.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from agent.health import HealthServers, Heartbeat
 from agent.kernel import Kernel, KernelError
 from agent.loop import Failed, Loop, Observers, Stop
 from agent.metrics import Metrics, MetricsServer, Recorder
+from agent.readahead import read_ahead
 from agent.state import State
 from agent.sysctl import configure
 
@@ -64,6 +66,7 @@ def run(places: tuple[str, ...], settings: Settings, file: ConfigFile | None) ->
             logger,
             show_elements=settings.log_level == "debug",
             observers=observers,
+            ahead=read_ahead(kernel, logger),
         )
         _stop_on_signals(loop)
         source = _source(places, settings, loop.put, logger, observers.recorder)

@@ -119,6 +119,7 @@ def test_killed_and_started_again_it_writes_nothing(
             line = agent.wait("verified", since=first)
             assert seen.element_messages() == 0
         assert (line["added"], line["removed"]) == (0, 0)
+        assert agent.wait("read ahead", since=first)["used"]
         assert set(connections.outcomes) == {"answered"}
 
 
@@ -233,10 +234,51 @@ def test_a_second_agent_waits_and_takes_over_without_a_gap(world: World, place: 
                 one.kill()
                 line = two.wait("verified")
             assert (line["added"], line["removed"]) == (0, 0)
+            assert two.wait("read ahead")["used"]
             assert set(connections.outcomes) == {"answered"}
             first = len(two.lines)
             write(place, *documents(1))
             two.wait("programmed", since=first)
+
+
+def test_what_the_owner_does_while_a_second_agent_waits_is_seen(world: World, place: Path) -> None:
+    with Agent(world, place) as one:
+        if not one.wait("started")["owns_tables"]:
+            pytest.skip("this kernel has no owned tables (Linux 6.9)")
+        one.wait("programmed")
+        with Agent(world, place) as two:
+            two.wait("waiting for the tables' owner to go")
+            first = len(one.lines)
+            write(place, *documents(1, 2, 3))
+            one.wait("programmed", since=first)
+            assert [line["event"] for line in two.lines if "added" in line] == []
+            one.kill()
+            line = two.wait("verified")
+            assert (line["added"], line["removed"]) == (0, 0)
+            assert not two.wait("read ahead")["used"]
+
+
+@needs_nft
+@pytest.mark.parametrize("flags", [(), ("--no-own",)], ids=["owned", "not owned"])
+def test_damage_between_a_start_and_the_first_lists_is_repaired(
+    world: World, place: Path, flags: tuple[str, ...]
+) -> None:
+    """It reads ahead meanwhile, and changes nothing before it knows everything."""
+    with Agent(world, place, *flags) as agent:
+        agent.wait("programmed")
+        agent.kill()
+        before = listing(world)
+        place.write_text("{ not json")
+        first = agent.restart()
+        agent.wait("nothing is programmed until every manifest has been read once", since=first)
+        assert listing(world) == before
+        assert nft(world, "flush map ip sliceproxy endpoints").returncode == 0
+        assert not answers(world)
+        write(place, *documents(1, 2))
+        line = agent.wait("programmed", since=first)
+        assert line["elements"] == "endpoints +2"
+        assert not agent.wait("read ahead", since=first)["used"]
+        assert answers(world)
 
 
 def test_switching_ownership_keeps_services_up(world: World, place: Path) -> None:

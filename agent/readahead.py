@@ -1,0 +1,196 @@
+"""Reads the tables back while Services and slices are still being listed.
+
+After a restart the kernel has nearly all there will be, and a dump of many elements takes long: the
+kernel begins each message of it by walking the map from its start. A thread does it meanwhile.
+
+Nothing on the node is changed for it, not even the tables' owner: who has them may go on, and an
+agent that never gets its lists has done nothing but read. Instead, from before the first dump on,
+a `Watcher` listens to what the kernel tells of every commit. So what was read is still true at the
+end if there was no word about our tables, whoever had them: nobody, a dead agent, or one that went
+only meanwhile. What others do to their own tables does not count. A first word, a lost one, or any
+failure, and what was read is thrown away; the tables are then read as if this had not been tried.
+
+The end is when the loop has taken the tables over. The kernel tells of a commit before the next one
+may begin, so all that came before the taking over has been told by then, and behind it nobody else
+may write. Tables that cannot be owned are watched on by the loop's own `Watcher`, which began
+before this one ends.
+
+Each map is decoded at once, which needs the interpreter, as decoding the lists does; but while the
+API server is not the fastest the main thread waits for the network, and of maps that take the
+kernel long it is a small part (250,000 endpoints: 1.5 s in the kernel, 0.06 s to decode).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+import structlog
+
+from agent.kernel import Found, Kernel, KernelError, Stale, Watcher
+from rules.diff import Elements
+from rules.tables import FAMILIES
+
+Log = structlog.typing.FilteringBoundLogger
+
+
+class Read(NamedTuple):
+    """One table as it was read back: without its elements, and these."""
+
+    found: Found
+    elements: Elements
+
+
+def read_now(kernel: Kernel, family: int) -> Read | None:
+    """Reads the table of a family; None if there is none."""
+    found = kernel.find(family)
+    return Read(found, kernel.read(found)) if found else None
+
+
+class ReadAhead(threading.Thread):
+    """Reads in a thread what there is, for `take` to hand out if nothing changed since.
+
+    `port` is the netlink port of the agent's own connection, whose changes do not count.
+    """
+
+    def __init__(self, port: int, log: Log) -> None:
+        super().__init__(name="reading ahead", daemon=True)
+        self._log = log
+        self._stale = threading.Event()
+        self._tables: dict[int, Read] = {}
+        self._seconds = 0.0
+        self._ended = False
+        self._watcher = Watcher(port, self._changed)
+
+    def start(self) -> None:
+        """Begins to watch, then to read."""
+        self._watcher.start()
+        super().start()
+
+    def run(self) -> None:
+        """Reads both tables, or as much as it may."""
+        started = time.perf_counter()
+        try:
+            with _Reader(self._stale) as kernel:
+                for family in FAMILIES:
+                    if there := read_now(kernel, family):
+                        self._tables[family] = there
+        except Exception as error:  # the loop reads again, and reports what is still wrong then
+            if not self._stale.is_set():
+                self._log.debug("could not read ahead", error=repr(error))
+            self._changed()
+        self._seconds = time.perf_counter() - started
+
+    def _changed(self) -> None:
+        self._stale.set()
+        self._tables = {}
+
+    def take(self, family: int) -> Read | None:
+        """What was read of a family, if that is still true, once. Where tables can be owned, they
+        have to be ours by now.
+
+        It waits for the thread: what is under way is there sooner than what is begun anew.
+        """
+        self._end()
+        return self._tables.pop(family, None)
+
+    def stop(self) -> None:
+        """Ends it, instead of `take`."""
+        self._stale.set()
+        self._end()
+
+    def _end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self.join()
+        self._watcher.stop()
+        if self._stale.is_set():
+            self._tables = {}
+        self._log.debug("read ahead", used=bool(self._tables), ms=round(self._seconds * 1e3, 2))
+
+
+def read_ahead(kernel: Kernel, log: Log) -> ReadAhead | None:
+    """Begins to read ahead, if there is anything to read."""
+    try:
+        if not any(kernel.info(family) for family in FAMILIES):
+            return None
+        ahead = ReadAhead(kernel.port, log)
+    except (KernelError, OSError) as error:  # the loop will meet it, too
+        log.debug("could not read ahead", error=str(error))
+        return None
+    ahead.start()
+    return ahead
+
+
+# --- a socket that needs the interpreter rarely -------------------------------------------------
+
+_MESSAGES, _SIZE = 64, 1 << 15  # a message of a dump has up to 32 KiB, whatever the buffer
+_MSG_WAITFORONE = 0x10000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Buffer(ctypes.Structure):
+    """A struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Header(ctypes.Structure):
+    """A struct msghdr."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint32),
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("buffer_count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+class _Message(ctypes.Structure):
+    """A struct mmsghdr."""
+
+    _fields_ = (("header", _Header), ("length", ctypes.c_uint))
+
+
+class _Reader(Kernel):
+    """A connection of its own, which only reads, until `stale`, and many messages at a time.
+
+    A thread that calls recv() for each message has to get the interpreter back from a busy main
+    thread each time, for which it waits 5 ms (sys.getswitchinterval): more than the kernel takes.
+    recvmmsg() stays in the kernel for the next 64.
+    """
+
+    def __init__(self, stale: threading.Event) -> None:
+        super().__init__(own=False)
+        self._stale = stale
+        self._memory = (ctypes.c_char * _SIZE * _MESSAGES)()
+        self._messages = (_Message * _MESSAGES)()
+        for memory, message in zip(self._memory, self._messages, strict=True):
+            buffer = _Buffer(ctypes.addressof(memory), _SIZE)
+            message.header.buffers = ctypes.pointer(buffer)
+            message.header.buffer_count = 1
+
+    def _receive(self) -> list[bytes]:
+        if self._stale.is_set():
+            raise Stale(errno.EINTR, "reading the tables", "cut short")
+        count = _libc.recvmmsg(
+            self._socket.fileno(), self._messages, _MESSAGES, _MSG_WAITFORONE, None
+        )
+        if count < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        if any(m.header.flags & socket.MSG_TRUNC for m in self._messages[:count]):
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        return [
+            ctypes.string_at(memory, message.length)
+            for memory, message in zip(self._memory, self._messages[:count], strict=False)
+        ]
