@@ -9,8 +9,8 @@ can its submodules; its own code has not run. The first thing asked of it that i
 runs it, once, in the same module object. So nothing is missing, it only comes later. importlib's
 LazyLoader does nearly that, but with it a second `import` loads the module.
 
-`from module import name` asks at once. For a name that is only ever called something stands in
-that loads the module when it is called.
+`from module import name` asks at once. For a name that is not used before the importing module is
+there, and then only called or asked for attributes, something stands in that loads the real one.
 
 Whether a library bears that depends on its version; those in requirements.lock do (see
 tests/unit/test_deferred.py), and with others `load` starts over without deferring anything.
@@ -23,7 +23,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib import import_module
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -35,14 +34,14 @@ def load(wanted: Sequence[str], deferred: Mapping[str, Sequence[str]]) -> None:
     """Imports `wanted`, without running the code of the modules in `deferred`.
 
     Parents come before their children there. The values are the names that `wanted` imports from
-    them and only calls. What has been imported before stays as it is. If it does not work out, all
-    is imported as usual.
+    them and uses only later. What has been imported before stays as it is. If it does not work
+    out, all is imported as usual.
     """
     before = set(sys.modules)
     try:
         with ExitStack() as stack:
-            for name, calls in deferred.items():
-                stack.enter_context(_deferred(name, calls))
+            for name, used in deferred.items():
+                stack.enter_context(_deferred(name, used))
             for name in wanted:
                 import_module(name)
     except Exception:  # the library is of another version, and what it says would mislead
@@ -55,23 +54,36 @@ def load(wanted: Sequence[str], deferred: Mapping[str, Sequence[str]]) -> None:
 
 
 @contextmanager
-def _deferred(name: str, calls: Sequence[str]) -> Iterator[None]:
-    """Defers a module, for good; the names to call stand in it as long as the context lasts."""
+def _deferred(name: str, used: Sequence[str]) -> Iterator[None]:
+    """Defers a module, for good; its names have stand-ins as long as the context lasts."""
     if name not in sys.modules:
         _defer(name)
     names = vars(sys.modules[name])
-    standing = {c: partial(_call, name, c) for c in calls if c not in names}
+    standing = {n: _Name(name, n) for n in used if n not in names}
     names.update(standing)
     try:
         yield
     finally:
-        for wanted, call in standing.items():
-            if names.get(wanted) is call:
+        for wanted, stand_in in standing.items():
+            if names.get(wanted) is stand_in:
                 del names[wanted]
 
 
-def _call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
-    return getattr(import_module(module), name)(*args, **kwargs)
+class _Name:
+    """Stands for a class or a function; loads its module when it is used."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module = module
+        self._name = name
+
+    def _real(self) -> Any:
+        return getattr(import_module(self._module), self._name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real(), name)
 
 
 def _defer(name: str) -> None:

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
-
-from structlog.typing import FilteringBoundLogger
+from typing import TYPE_CHECKING, Protocol
 
 from agent import addresses, kube_proxy, log
 from agent.config_file import ConfigFile, Settings
@@ -28,6 +26,9 @@ from agent.loop import Failed, Loop, Observers, Stop
 from agent.metrics import Metrics, MetricsServer, Recorder
 from agent.state import State
 from agent.sysctl import configure
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
 
 
 class CannotRun(Exception):
