@@ -198,12 +198,9 @@ def _state(places: tuple[str, ...], flags: dict[str, Any], *, local: bool) -> St
     state = State(_options(flags))
     events: list[Event] = [Upsert(o) for o in _content(places).objects]
     if local:
-        from pyroute2 import IPRoute
-
         from agent.addresses import read
 
-        with IPRoute() as route:
-            events.append(read(route))
+        events.append(read())
     state.apply(events)
     state.step()
     for notice in state.notices:
