@@ -175,27 +175,32 @@ def connect(
 
 def _configuration() -> Any:
     load(["kubernetes.client.configuration"], _DEFERRED)
+    from kubernetes import client
     from kubernetes.client.configuration import Configuration
 
+    # where the loaders of configurations look for it; else the code of `kubernetes.client` runs
+    vars(client).setdefault("Configuration", Configuration)
     configuration = Configuration()
     configuration.keep_alive = True
     return configuration
 
 
 def _in_cluster() -> Any:
+    configuration = _configuration()
     load(["kubernetes.config.incluster_config"], _DEFERRED)
     from kubernetes.config import incluster_config
 
-    configuration, loader = _configuration(), cast(Any, incluster_config)
+    loader = cast(Any, incluster_config)
     loader.load_incluster_config(configuration)
     return configuration
 
 
 def _from_file(paths: str, context: str | None) -> Any:
+    configuration = _configuration()
     load(["kubernetes.config.kube_config"], _DEFERRED)
     from kubernetes.config import kube_config
 
-    configuration, loader = _configuration(), cast(Any, kube_config)
+    loader = cast(Any, kube_config)
     loader.load_kube_config(paths, context, configuration, persist_config=False)
     return configuration
 

@@ -27,7 +27,7 @@ CONNECT = "from agent.sources.kubernetes import connect; connection = connect({}
 
 def fresh(code: str, directory: Path = ROOT) -> str:
     """What a program prints."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=directory,
@@ -105,18 +105,43 @@ def test_a_library_without_what_is_to_be_deferred_is_imported_as_usual(library):
 # --- the agent ----------------------------------------------------------------------------------
 
 UNUSED = {
-    *("pydantic", "requests", "charset_normalizer", "websocket"),
+    # of the Kubernetes client
+    *("pydantic", "requests", "charset_normalizer", "websocket", "multiprocessing.pool"),
     *("oauthlib.oauth2.rfc6749", "kubernetes.dynamic", "kubernetes.client.models"),
+    # of structlog
+    *("asyncio.events", "rich.text", "rich._null_file", "pygments"),
+    # of prometheus_client
+    *("http.server", "wsgiref", "gzip"),
+    # of the demo and of other commands
+    *("pyroute2", "agent.world", "agent.sources.manifests", "nftables", "inotify_simple"),
 }
-"""What importing `kubernetes` would load."""
+"""What comes with the libraries that the agent imports, or with the project, and is not needed."""
+
+START = (
+    "import agent.cli, agent.run, agent.sources.kubernetes; from agent.metrics import Metrics; "
+    "Metrics('1'); agent.log.configure().info('started'); "
+    "agent.sources.kubernetes.connect({}); print(*sys.modules)"
+)
 
 
 @pytest.mark.parametrize("credentials", ["kubeconfig", "none"])
-def test_of_the_kubernetes_client_only_what_connects_is_loaded(credentials, kubeconfig):
+def test_a_start_loads_nothing_that_is_not_used(credentials, kubeconfig):
     where = kubeconfig if credentials == "kubeconfig" else "server='http://127.0.0.1:1'"
-    loaded = fresh(CONNECT.format(where) + "print(*sys.modules)").split()
-    assert "kubernetes.client.rest" in loaded
-    assert not UNUSED & set(loaded)
+    loaded = set(fresh(START.format(where)).split())
+    assert {"kubernetes.client.rest", "structlog", "prometheus_client.core"} <= loaded
+    assert not UNUSED & loaded
+    assert ("yaml" in loaded) == (credentials == "kubeconfig")
+
+
+def test_a_traceback_for_people_finds_rich():
+    code = (
+        "import agent.log, structlog, io\n"
+        "text = io.StringIO()\n"
+        "try: 1 / 0\n"
+        "except ArithmeticError: structlog.dev.rich_traceback(text, sys.exc_info())\n"
+        "print('ZeroDivisionError' in text.getvalue(), 'rich.text' in sys.modules)"
+    )
+    assert fresh(code).split() == ["True", "True"]
 
 
 def test_the_rest_of_the_client_is_there_for_who_wants_it(kubeconfig):
