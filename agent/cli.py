@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 from click.core import ParameterSource
 
+from agent import __version__
 from agent.config import ConfigError, DetectLocalMode, Options
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def fail(message: object) -> NoReturn:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="sliceproxy")
+@click.version_option(__version__)
 def main() -> None:
     """A Kubernetes service proxy with a constant number of nftables rules.
 

@@ -112,24 +112,31 @@ UNUSED = {
     *("asyncio.events", "rich.text", "rich._null_file", "pygments"),
     # of prometheus_client
     *("http.server", "wsgiref", "gzip"),
+    # for versions
+    *("importlib.metadata._adapters", "zipfile", "csv"),
     # of the demo and of other commands
     *("pyroute2", "agent.world", "agent.sources.manifests", "nftables", "inotify_simple"),
 }
 """What comes with the libraries that the agent imports, or with the project, and is not needed."""
 
 START = (
-    "import agent.cli, agent.run, agent.sources.kubernetes; from agent.metrics import Metrics; "
-    "Metrics('1'); agent.log.configure().info('started'); "
-    "agent.sources.kubernetes.connect({}); print(*sys.modules)"
+    "import agent.cli, agent.kernel, agent.run; from agent.config_file import merged; "
+    "settings = merged(None, {}); log = agent.run.log.configure(); "
+    "metrics = agent.run.Metrics(agent.run.__version__); "
+    "agent.run._source((), settings, print, log, metrics); "
+    "log.info('started'); print(*sys.modules)"
 )
+"""What `run` does until it sends its first request, but for the kernel."""
 
 
-@pytest.mark.parametrize("credentials", ["kubeconfig", "none"])
-def test_a_start_loads_nothing_that_is_not_used(credentials, kubeconfig):
-    where = kubeconfig if credentials == "kubeconfig" else "server='http://127.0.0.1:1'"
-    loaded = set(fresh(START.format(where)).split())
+@pytest.mark.parametrize("credentials", ["kubeconfig", "server"])
+def test_a_start_loads_nothing_that_is_not_used(credentials, tmp_path):
+    (tmp_path / "kubeconfig").write_text(KUBECONFIG)
+    given = {"server": "http://127.0.0.1:1", "kubeconfig": str(tmp_path / "kubeconfig")}
+    settings = {"node": "node-1", credentials: given[credentials]}
+    loaded = set(fresh(START.replace("{}", repr(settings))).split())
     assert {"kubernetes.client.rest", "structlog", "prometheus_client.core"} <= loaded
-    assert not UNUSED & loaded
+    assert sorted(UNUSED & loaded) == []
     assert ("yaml" in loaded) == (credentials == "kubeconfig")
 
 
