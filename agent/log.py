@@ -6,9 +6,13 @@ it imports for what nobody here does: to log from coroutines and to colour trace
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from agent.deferred import load
+
+# else, from Python 3.12 on, each LogRecord asks asyncio for the task, if somebody has imported it
+logging.logAsyncioTasks = False  # type: ignore[attr-defined]
 
 load(
     ["structlog"],
