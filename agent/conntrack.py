@@ -3,8 +3,8 @@
 pyroute2 knows the messages, but its generic parser takes 115 us for an entry, 11.6 s for 100,000,
 and the agent would stand still for that long. Looking at fixed offsets takes 1.2 us, about a third
 of what the kernel needs to tell of one. An entry that does not look as expected is parsed attribute
-by attribute. The two requests are written here as well, since importing pyroute2 takes 0.1 s and
-15 MB (*measured*); the tests compare them with its own.
+by attribute. The two requests are written here as well, since importing pyroute2 takes too long
+(see `agent.addresses`); the tests compare them with its own.
 
 A dump costs the kernel a walk over its whole hash table, of all network namespaces together, and
 some 2 us for each entry that it tells. So it is asked to tell only what may be stale (CTA_FILTER,
