@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 from click.core import ParameterSource
 
+from agent import __version__
 from agent.config import ConfigError, DetectLocalMode, Options
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def fail(message: object) -> NoReturn:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="sliceproxy")
+@click.version_option(__version__)
 def main() -> None:
     """A Kubernetes service proxy with a constant number of nftables rules.
 
@@ -198,12 +199,9 @@ def _state(places: tuple[str, ...], flags: dict[str, Any], *, local: bool) -> St
     state = State(_options(flags))
     events: list[Event] = [Upsert(o) for o in _content(places).objects]
     if local:
-        from pyroute2 import IPRoute
-
         from agent.addresses import read
 
-        with IPRoute() as route:
-            events.append(read(route))
+        events.append(read())
     state.apply(events)
     state.step()
     for notice in state.notices:

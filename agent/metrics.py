@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from agent.deferred import load
 from agent.events import Delete, Event, Upsert
 from agent.health import NOT_FOUND, Answer, Log, Port, Request, Server, listen
 from rules.language import Set, Table
@@ -40,7 +41,7 @@ from rules.program import Program
 from rules.transaction import Transaction
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter, Gauge, Histogram, Metric
+    from prometheus_client.core import Counter, Gauge, Histogram, Metric
     from prometheus_client.registry import Collector, CollectorRegistry
 
 _M = TypeVar("_M", "Counter", "Gauge", "Histogram")
@@ -161,12 +162,15 @@ class Metrics(Recorder):
         *,
         connections: Callable[[], Iterable[Connections]] | None = None,
     ) -> None:
-        import prometheus_client as prometheus
+        # the package's code would import its servers; what writes the text comes with a scrape
+        load(["prometheus_client.core"], {"prometheus_client": ()})
+        from prometheus_client.metrics import disable_created_metrics
+        from prometheus_client.process_collector import ProcessCollector
+        from prometheus_client.registry import CollectorRegistry
 
         # each counter and histogram would have a second metric: when it was created
-        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry: CollectorRegistry = prometheus.CollectorRegistry(auto_describe=True)
-        self._render = prometheus.generate_latest
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry: CollectorRegistry = CollectorRegistry(auto_describe=True)
         self._begun = time.time()
         self._started = False
         self._services = self._endpoints = 0
@@ -175,23 +179,23 @@ class Metrics(Recorder):
         self.now = _Now(connections)
         self._make_kube_proxys()
         self._make_ours(version)
-        prometheus.ProcessCollector(registry=self.registry)
+        ProcessCollector(registry=self.registry)
         self.registry.register(_collector(self.now))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        from prometheus_client import Counter
+        from prometheus_client.core import Counter
 
         return Counter(name, text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        from prometheus_client import Gauge
+        from prometheus_client.core import Gauge
 
         return Gauge(name, text, labels, registry=self.registry)
 
     def _histogram(
         self, name: str, text: str, buckets: tuple[float, ...], *labels: str
     ) -> Histogram:
-        from prometheus_client import Histogram
+        from prometheus_client.core import Histogram
 
         return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
@@ -456,7 +460,9 @@ class Metrics(Recorder):
 
     def text(self) -> bytes:
         """Everything, in Prometheus's text format."""
-        return self._render(self.registry)
+        from prometheus_client.exposition import generate_latest
+
+        return generate_latest(self.registry)
 
 
 class _Now:

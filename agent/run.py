@@ -13,15 +13,13 @@ import gc
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from structlog.typing import FilteringBoundLogger
-
-from agent import addresses, kube_proxy, log
+from agent import __version__, addresses, kube_proxy, log
 from agent.config_file import ConfigFile, Settings
+from agent.deferred import load
 from agent.events import Event
 from agent.health import HealthServers, Heartbeat
 from agent.kernel import Kernel, KernelError
@@ -30,6 +28,9 @@ from agent.metrics import Metrics, MetricsServer, Recorder
 from agent.readahead import read_ahead
 from agent.state import State
 from agent.sysctl import configure
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
 
 
 class CannotRun(Exception):
@@ -108,6 +109,8 @@ def _source(
             return Manifests(places, put, logger)
         except ManifestError as error:
             raise CannotRun(str(error)) from None
+    # urllib3 wants to know the version of what it needs for HTTP/2, if asked for that
+    load(["urllib3"], {"importlib.metadata": ("version",)})
     from agent.sources.kubernetes import ConnectError, connect
     from agent.sources.kubernetes import Follower as Kubernetes
 
@@ -128,7 +131,7 @@ def _observed(settings: Settings, logger: FilteringBoundLogger) -> Iterator[Obse
     """The health and metrics servers, while they run."""
     heartbeat, hard = Heartbeat(settings.healthz_timeout), settings.bind_address_hard_fail
     place = settings.metrics()
-    metrics = Metrics(version("sliceproxy")) if place else None
+    metrics = Metrics(__version__) if place else None
     recorder = metrics or Recorder()
     health = HealthServers(
         heartbeat, logger, settings.healthz(), hard_fail=hard, answered=recorder.answered

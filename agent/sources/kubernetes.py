@@ -6,9 +6,10 @@ operator is told.
 
 The official client reads configurations (a pod's service account, kubeconfigs, exec plugins) and
 keeps tokens fresh, and its urllib3 pool carries the bytes. Its model classes and its own watch are
-not used: for 5,000 endpoints they take 190 ms where our records take 16 (*measured*). What the
-client does not keep fresh (a kubeconfig's `tokenFile`, as kubeadm's has it, and certificates) is
-loaded anew every few minutes, and at once when the server does not accept us.
+not used: for 5,000 endpoints they take 190 ms where our records take 16 (*measured*). They are not
+even loaded (`agent.deferred`). What the client does not keep fresh (a kubeconfig's `tokenFile`, as
+kubeadm's has it, and certificates) is loaded anew every few minutes, and at once when the server
+does not accept us.
 
 In a pod the API server's address is usually that of the Service `kubernetes`, and that one works
 only where a proxy runs already. What replaces kube-proxy has to be given another address, as
@@ -37,12 +38,23 @@ from urllib.parse import urlencode, urlsplit
 import urllib3
 from structlog.typing import FilteringBoundLogger
 
+from agent.deferred import load
 from agent.events import Event, Synced
 from agent.sources.reflector import Ask, Reflector, Request, Resource, Timing, Trouble, resources
 
 RELOAD_SECONDS = 300.0
 MAX_BATCH = 10_000
 STOP_SECONDS = 0.5
+
+_DEFERRED: dict[str, tuple[str, ...]] = {
+    "kubernetes": (),  # whose code imports the rest of the client, websockets and all
+    "kubernetes.utils": (),
+    "kubernetes.config": (),
+    # used only to refresh the tokens of the auth provider oidc
+    "kubernetes.client": ("ApiClient",),
+    "oauthlib.oauth2": (),
+    "requests_oauthlib": ("OAuth2Session",),
+}
 
 _READ_BYTES = 1 << 18
 _IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
@@ -87,7 +99,7 @@ class Connection:
         streams = request.ask in (Ask.WATCH, Ask.STREAM)
         headers["Accept"] = "application/json"
         headers["Accept-Encoding"] = "identity" if streams else "gzip"
-        response: urllib3.BaseHTTPResponse = client.rest_client.pool_manager.request(
+        response: urllib3.BaseHTTPResponse = client.pool_manager.request(
             "GET",
             f"{server}{request.path}?{urlencode(request.query)}",
             headers=headers,
@@ -108,21 +120,22 @@ class Connection:
                 with suppress(ConnectError):  # what was good until now may still be
                     self._client = self._new_client()
             client = self._client
-            headers = dict(client.default_headers)
+            headers = {"User-Agent": "sliceproxy"}
             with _loading(self.origin):
-                client.update_params_for_auth(headers, [], ["BearerToken"], "", "GET", None)
-            return client, self.server, {name: text.strip() for name, text in headers.items()}
+                for auth in client.configuration.auth_settings().values():  # the token, if any
+                    headers[auth["key"]] = (auth["value"] or "").strip()
+            return client, self.server, headers
 
     def _new_client(self) -> Any:
         self._loaded_at = time.monotonic()
         with _loading(self.origin):
-            from kubernetes.client import ApiClient
+            load(["kubernetes.client.rest"], _DEFERRED)
+            from kubernetes.client.rest import RESTClientObject
 
             configuration = self._load()
             if self._pinned:
                 configuration.host = self._pinned  # decides on a proxy; its hooks may change it
-            client = ApiClient(configuration)
-        client.user_agent = "sliceproxy"
+            client = RESTClientObject(configuration)
         self.server = str(configuration.host).rstrip("/")
         return client
 
@@ -161,25 +174,33 @@ def connect(
 
 
 def _configuration() -> Any:
-    from kubernetes.client import Configuration
+    load(["kubernetes.client.configuration"], _DEFERRED)
+    from kubernetes import client
+    from kubernetes.client.configuration import Configuration
 
+    # where the loaders of configurations look for it; else the code of `kubernetes.client` runs
+    vars(client).setdefault("Configuration", Configuration)
     configuration = Configuration()
     configuration.keep_alive = True
     return configuration
 
 
 def _in_cluster() -> Any:
-    from kubernetes import config
+    configuration = _configuration()
+    load(["kubernetes.config.incluster_config"], _DEFERRED)
+    from kubernetes.config import incluster_config
 
-    configuration, loader = _configuration(), cast(Any, config)
+    loader = cast(Any, incluster_config)
     loader.load_incluster_config(configuration)
     return configuration
 
 
 def _from_file(paths: str, context: str | None) -> Any:
-    from kubernetes import config
+    configuration = _configuration()
+    load(["kubernetes.config.kube_config"], _DEFERRED)
+    from kubernetes.config import kube_config
 
-    configuration, loader = _configuration(), cast(Any, config)
+    loader = cast(Any, kube_config)
     loader.load_kube_config(paths, context, configuration, persist_config=False)
     return configuration
 
