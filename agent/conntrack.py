@@ -1,10 +1,9 @@
 """Conntrack over netlink: reads UDP flows, deletes those that are stale.
 
-pyroute2 knows the messages, but its generic parser takes 115 us for an entry, 11.6 s for 100,000,
-and the agent would stand still for that long. Looking at fixed offsets takes 1.2 us, about a third
-of what the kernel needs to tell of one. An entry that does not look as expected is parsed attribute
-by attribute. The two requests are written here as well, since importing pyroute2 takes too long
-(see `agent.addresses`); the tests compare them with its own.
+pyroute2 knows the messages (`nfct_msg`) and writes the requests. The entries that come back are
+decoded here: its generic parser takes 115 us for one, 11.6 s for 100,000, and the agent would
+stand still for that long. Looking at fixed offsets takes 1.2 us, about a third of what the kernel
+needs to tell of one. An entry that does not look as expected is parsed attribute by attribute.
 
 A dump costs the kernel a walk over its whole hash table, of all network namespaces together, and
 some 2 us for each entry that it tells. So it is asked to tell only what may be stale (CTA_FILTER,
@@ -40,6 +39,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 
 import structlog
+from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
+from pyroute2.netlink.nfnetlink.nfctsocket import (
+    IPCTNL_MSG_CT_DELETE,
+    IPCTNL_MSG_CT_GET,
+    NFCTAttrTuple,
+    nfct_msg,
+)
 
 from rules.conntrack import Aim, Flow, Serving, aim
 from rules.netlink import (
@@ -65,17 +71,15 @@ _NETLINK_NETFILTER = 12
 _SO_RCVBUFFORCE = 33
 _SOL_NETLINK, _NETLINK_CAP_ACK = 270, 10
 _RECEIVE = 1 << 20
-_GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_*
+_GET = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
+_DELETE = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE
 _DELETES_A_MESSAGE = 256  # 30 KB, and as many answers fit into the receive buffer
 _NFGEN = 4  # struct nfgenmsg
 _START = HEADER.size + _NFGEN  # of a message's attributes
 
-_TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _ID, _ZONE, _FILTER = 1, 2, 3, 12, 18, 25
+_TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _ID, _ZONE = 1, 2, 3, 12, 18
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _PROTO_NUMBER, _PROTO_SOURCE, _PROTO_DESTINATION = 1, 2, 3
-_IP_V4_DESTINATION = 2
-_FILTER_ORIG_FLAGS = 1
-_BY_DESTINATION, _BY_PROTOCOL, _BY_PORT = 2, 8, 32  # CTA_FILTER_FLAG_CTA_*
 
 _GONE = (errno.ENOENT, errno.EBUSY)
 """Not to be deleted: gone already; or in a flow table (offloaded), which the kernel refuses."""
@@ -147,7 +151,7 @@ class Conntrack:
         except ConntrackError as error:
             if error.errno not in _UNFILTERED:
                 raise
-            yield from self._dump(_request(family, b""))
+            yield from self._dump(_request(family, nfct_msg()))
 
     def delete(self, flows: Iterable[Flow]) -> int:
         """Deletes flows, each only if it still leads where it led. Returns how many were there and
@@ -290,23 +294,26 @@ def _aims(claims: Iterable[Claim], family: int) -> set[Aim]:
 def dump_request(family: int, aimed: Aim | None = None) -> bytes:
     """A dump of UDP entries, or of those whose original destination is `aimed`, but for an IPv6
     address."""
-    original, flags = b"", _BY_PROTOCOL
-    ports = attribute(_PROTO_NUMBER, bytes([UDP]))
+    address = None
     if aimed and aimed.address and family == 4:
-        original = nest(_TUPLE_IP, attribute(_IP_V4_DESTINATION, aimed.address))
-        flags |= _BY_DESTINATION
-    if aimed:
-        ports += attribute(_PROTO_DESTINATION, struct.pack("!H", aimed.port))
-        flags |= _BY_PORT
-    original += nest(_TUPLE_PROTO, ports)
-    wanted = attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", flags))
-    return _request(family, nest(_TUPLE_ORIG, original) + nest(_FILTER, wanted))
+        address = socket.inet_ntop(FAMILY_NUMBER[family], aimed.address)
+    original = NFCTAttrTuple(
+        family=FAMILY_NUMBER[family],
+        daddr=address,
+        proto=UDP,
+        dport=aimed.port if aimed else None,
+    )
+    original.attrs()  # finds out the flags
+    wanted = {"attrs": [["CTA_FILTER_ORIG_FLAGS", original.flags]]}
+    return _request(family, nfct_msg.create_from(tuple_orig=original, cta_filter=wanted))
 
 
-def _request(family: int, body: bytes) -> bytes:
-    flags = NLM_F_REQUEST | NLM_F_DUMP
-    head = HEADER.pack(_START + len(body), _GET, flags, 0, 0)
-    return head + struct.pack("=BBH", FAMILY_NUMBER[family], 0, 0) + body
+def _request(family: int, message: nfct_msg) -> bytes:
+    message["nfgen_family"] = FAMILY_NUMBER[family]
+    message["header"]["type"] = _GET
+    message["header"]["flags"] = NLM_F_REQUEST | NLM_F_DUMP
+    message.encode()
+    return bytes(message.data)
 
 
 def _numbered(request: bytes, sequence: int) -> bytes:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import socket
 import struct
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +12,6 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
-from pyroute2.netlink.nfnetlink.nfctsocket import IPCTNL_MSG_CT_GET, NFCTAttrTuple, nfct_msg
 from structlog.testing import capture_logs
 
 from agent.config import Options
@@ -32,7 +28,7 @@ from agent.events import Delete, Upsert
 from agent.state import State
 from rules.conntrack import Aim, Flow, Serving, aim, claims_of, is_stale, is_udp, must_look
 from rules.frontends import destination_key
-from rules.netlink import NLM_F_DUMP, NLM_F_REQUEST, attribute, attributes, nest
+from rules.netlink import attribute, attributes, nest
 from rules.objects import TCP, UDP, EndpointSlice
 from rules.program import Claim
 from rules.tables import SETS
@@ -271,33 +267,6 @@ def test_a_dump_asks_for_no_ipv6_address() -> None:
     assert dict(attributes(dict(attributes(aimed6[20:]))[25]))[1] == struct.pack("=I", 8 | 32)
     everything = dump_request(4)
     assert dict(attributes(dict(attributes(everything[20:]))[25]))[1] == struct.pack("=I", 8)
-
-
-def leaves(data: bytes, path: tuple[int, ...] = ()) -> dict[tuple[int, ...], bytes]:
-    """The attributes that hold no others, of a request's body."""
-    nests = {(1,), (1, 1), (1, 2), (25,)}
-    found: dict[tuple[int, ...], bytes] = {}
-    for kind, payload in attributes(data):
-        here = (*path, kind)
-        found |= leaves(payload, here) if here in nests else {here: payload}
-    return found
-
-
-@pytest.mark.parametrize("aimed", [None, Aim(4, b"", 53), Aim(4, packed("10.96.0.10"), 53)])
-def test_a_dump_asks_as_pyroute2_does(aimed: Aim | None) -> None:
-    address = socket.inet_ntoa(aimed.address) if aimed and aimed.address else None
-    original = NFCTAttrTuple(daddr=address, proto=UDP, dport=aimed.port if aimed else None)
-    original.attrs()  # finds out the flags
-    wanted = {"attrs": [["CTA_FILTER_ORIG_FLAGS", original.flags]]}
-    message = nfct_msg.create_from(tuple_orig=original, cta_filter=wanted)
-    message["nfgen_family"] = socket.AF_INET
-    message["header"]["type"] = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
-    message["header"]["flags"] = NLM_F_REQUEST | NLM_F_DUMP
-    message.encode()
-    ours, theirs = dump_request(4, aimed), bytes(message.data)
-    assert ours[4:20] == theirs[4:20]
-    assert len(ours) == len(theirs) == int.from_bytes(ours[:4], sys.byteorder)
-    assert leaves(ours[20:]) == leaves(theirs[20:])
 
 
 # --- which changes make one look ------------------------------------------------------------------
