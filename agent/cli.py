@@ -199,9 +199,12 @@ def _state(places: tuple[str, ...], flags: dict[str, Any], *, local: bool) -> St
     state = State(_options(flags))
     events: list[Event] = [Upsert(o) for o in _content(places).objects]
     if local:
+        from pyroute2 import IPRoute
+
         from agent.addresses import read
 
-        events.append(read())
+        with IPRoute() as route:
+            events.append(read(route))
     state.apply(events)
     state.step()
     for notice in state.notices:

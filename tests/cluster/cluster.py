@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+from pyroute2 import IPRoute
 
 from agent import addresses
 from agent.config import Options
-from agent.events import Upsert
+from agent.events import Event, Upsert
 from agent.kernel import Kernel
 from agent.state import State
 from agent.world import World
@@ -71,7 +72,12 @@ class Mirror:
         self.instead: dict[tuple[str, Key], Document] = {}
         """What counts for objects that do not decode."""
         self._kernel = world.run("node", lambda: Kernel(own=False))
-        self._own = world.run("node", addresses.read)
+        self._own = world.run("node", self._addresses)
+
+    @staticmethod
+    def _addresses() -> Event:
+        with IPRoute() as route:
+            return addresses.read(route)
 
     def close(self) -> None:
         self._kernel.remove()

@@ -354,7 +354,12 @@ def node_second(world: World, net: Net) -> Iterator[str]:
 
 def tell_addresses(p: Proxy) -> None:
     """What the agent does when the addresses of its machine change."""
-    p.apply(p.world.run("node", read_addresses))
+
+    def read() -> Any:
+        with IPRoute() as route:
+            return read_addresses(route)
+
+    p.apply(p.world.run("node", read))
 
 
 def test_node_ports_answer_at_the_primary_address_only(
