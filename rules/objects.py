@@ -420,12 +420,24 @@ class _Problems(list[str]):
 
 
 _T = TypeVar("_T")
+_P = TypeVar("_P", bound=tuple[Any, ...])
 
 
 def _name(metadata: _Metadata) -> Name:
     if not metadata.name:
         raise ValueError("metadata.name is empty")
     return Name(sys.intern(metadata.namespace or "default"), metadata.name)
+
+
+@lru_cache(maxsize=1024)
+def _first(ports: Any) -> Any:
+    return ports
+
+
+def _alike(ports: _P) -> _P:
+    """These ports as they are in memory already: most Services have the same as others."""
+    first: _P = _first(ports)
+    return first
 
 
 def _service(shape: _ServiceShape) -> Service:
@@ -486,7 +498,7 @@ def _service_ports(shapes: list[_ServicePortShape], problems: _Problems) -> tupl
         ports[protocol, shape.port] = ServicePort(
             sys.intern(shape.name or ""), protocol, shape.port, node_port
         )
-    return tuple(ports.values())
+    return _alike(tuple(ports.values()))
 
 
 def _affinity_seconds(spec: _ServiceSpec, problems: _Problems) -> int:
@@ -566,7 +578,7 @@ def _slice_ports(shapes: list[_SlicePortShape], problems: _Problems) -> tuple[Sl
         # a nil port number is legal and means "all ports": nothing a proxy could send to
         if protocol and shape.port is not None and problems.port(f"{where}.port", shape.port):
             ports.append(SlicePort(sys.intern(shape.name or ""), protocol, shape.port))
-    return tuple(ports)
+    return _alike(tuple(ports))
 
 
 def _endpoints(
