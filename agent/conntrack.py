@@ -39,14 +39,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 
 import structlog
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
-from pyroute2.netlink.nfnetlink.nfctsocket import (
-    IPCTNL_MSG_CT_DELETE,
-    IPCTNL_MSG_CT_GET,
-    NFCTAttrTuple,
-    nfct_msg,
-)
 
+from agent.deferred import load
 from rules.conntrack import Aim, Flow, Serving, aim
 from rules.netlink import (
     FAMILY_NUMBER,
@@ -63,6 +57,16 @@ from rules.netlink import (
 from rules.objects import UDP
 from rules.program import Claim
 from rules.tables import FAMILIES
+
+load(["pyroute2.netlink.nfnetlink.nfctsocket"], {"pyroute2": ()})  # as in agent.addresses
+
+from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK  # noqa: E402
+from pyroute2.netlink.nfnetlink.nfctsocket import (  # noqa: E402
+    IPCTNL_MSG_CT_DELETE,
+    IPCTNL_MSG_CT_GET,
+    NFCTAttrTuple,
+    nfct_msg,
+)
 
 FEW = 4
 """So many destinations are asked for one by one."""

@@ -108,14 +108,16 @@ UNUSED = {
     # of the Kubernetes client
     *("pydantic", "requests", "charset_normalizer", "websocket", "multiprocessing.pool"),
     *("oauthlib.oauth2.rfc6749", "kubernetes.dynamic", "kubernetes.client.models"),
+    # of pyroute2
+    *("pyroute2.ndb.main", "pyroute2.iproute.bsd", "pyroute2.ethtool", "pyroute2.wiset", "sqlite3"),
     # of structlog
-    *("asyncio.events", "rich.text", "rich._null_file", "pygments"),
+    *("rich.text", "rich._null_file", "pygments"),
     # of prometheus_client
     *("http.server", "wsgiref", "gzip"),
     # for versions
     *("importlib.metadata._adapters", "zipfile", "csv"),
     # of the demo and of other commands
-    *("pyroute2", "agent.world", "agent.sources.manifests", "nftables", "inotify_simple"),
+    *("agent.world", "agent.sources.manifests", "nftables", "inotify_simple"),
 }
 """What comes with the libraries that the agent imports, or with the project, and is not needed."""
 
