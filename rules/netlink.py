@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from rules.language import (
     Chain,
@@ -507,11 +507,13 @@ def _remember(described: Remember) -> Iterator[bytes]:
 
 def _load(fields: Concat, unit: int = 0) -> Iterator[bytes]:
     for part in fields:
-        yield _read(part, number(1, register(unit)))
+        yield _read(part, unit)
         unit += part.padded // 4
 
 
-def _read(part: Field, into: bytes) -> bytes:
+@cache
+def _read(part: Field, unit: int) -> bytes:
+    into = number(1, register(unit))
     match part.source:
         case Source.SADDR | Source.DADDR:
             offset = _OFFSET[part.family, part.source]
