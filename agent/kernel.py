@@ -94,6 +94,10 @@ class Stale(KernelError):
     """The tables are not as we believed; read them back and compare."""
 
 
+class Full(Stale):
+    """A set has as many elements as it was made for (`Set.room`); the table must be made anew."""
+
+
 class Refused(KernelError):
     """The kernel cannot do this, or not now (no memory, a missing module)."""
 
@@ -465,6 +469,8 @@ def _error(body: bytes, flags: int) -> tuple[int, str]:
 def _failure(code: int, subject: str, detail: str) -> KernelError:
     if code == errno.EPERM:
         kind: type[KernelError] = NotPermitted if not _may_administer() else OwnedByOther
+    elif code == errno.ENFILE:
+        kind = Full
     elif code in _STALE:
         kind = Stale
     else:

@@ -23,7 +23,7 @@ import structlog
 from agent.conntrack import Flows
 from agent.events import Event, Synced
 from agent.health import HealthCheck, Heartbeat
-from agent.kernel import Kernel, KernelError, OwnedByOther, Stale, Watcher
+from agent.kernel import Full, Kernel, KernelError, OwnedByOther, Stale, Watcher
 from agent.metrics import Recorder
 from agent.readahead import ReadAhead, read_now
 from agent.state import KernelView, State
@@ -58,11 +58,13 @@ RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 OWNER_POLL_SECONDS = 0.2
 
 
-def reader(kernel: Kernel, ahead: ReadAhead | None = None) -> Callable[[Table], KernelView | None]:
+def reader(
+    kernel: Kernel, ahead: ReadAhead | None = None, *, anew: bool = False
+) -> Callable[[Table], KernelView | None]:
     """Reads back what the kernel has in place of a table, for `State.resync`, unless that was read
     ahead.
 
-    A table that has not the ownership that our tables get must be made anew, so nothing of it
+    A table that has not the ownership that our tables get must be made `anew`, so nothing of it
     counts as being as wanted.
     """
 
@@ -72,7 +74,7 @@ def reader(kernel: Kernel, ahead: ReadAhead | None = None) -> Callable[[Table], 
         if there is None:
             return None
         known = there.found.known(table)
-        if not kernel.fits(there.found):
+        if anew or not kernel.fits(there.found):
             known = known._replace(sets=dict.fromkeys(known.sets))
         return KernelView(known, there.elements)
 
@@ -114,6 +116,7 @@ class Loop:
         self._synced = False
         self._doubt = True
         self._disturbed = False
+        self._outgrown = False
         self._failures = 0
         self._retry_at: float | None = None
 
@@ -190,6 +193,8 @@ class Loop:
                 try:
                     started = time.perf_counter()
                     self._apply(self.state.step(), started)
+                except Full as error:
+                    self._note_full(error)
                 except Stale as error:
                     self._log.warning("tables are not as they were left", error=str(error))
                     self._doubt = self._disturbed = True
@@ -198,6 +203,8 @@ class Loop:
         except OwnedByOther as error:
             self._wait_for_owner(error)
         except KernelError as error:
+            if isinstance(error, Full):
+                self._note_full(error)
             self._doubt = True
             delay = RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS) - 1)]
             self._failures += 1
@@ -213,6 +220,10 @@ class Loop:
             self._recorder.lacks(self.state.lacking)
         self._report_notices()
 
+    def _note_full(self, error: Full) -> None:
+        self._log.info("a map is full; its table is made anew", map=error.subject)
+        self._doubt = self._outgrown = True
+
     def _wait_for_owner(self, error: OwnedByOther) -> None:
         if not self._failures:
             self._log.warning("waiting for the tables' owner to go", error=str(error))
@@ -224,11 +235,11 @@ class Loop:
         started = time.perf_counter()
         self._kernel.take_over()
         ahead, self._ahead = self._ahead, None
-        transaction = self.state.resync(reader(self._kernel, ahead))
+        transaction = self.state.resync(reader(self._kernel, ahead, anew=self._outgrown))
         self._apply(transaction, started, compared=True)
         if self._disturbed and transaction:
             self._recorder.repaired()
-        self._doubt = self._disturbed = False
+        self._doubt = self._disturbed = self._outgrown = False
         # what was loaded stays, so the collector need not walk it again and again
         gc.freeze()
         gc.enable()

@@ -114,6 +114,9 @@ class Fields:
 
 Concat = tuple[Field, ...]
 
+LARGE = 4096
+"""From so many elements on a set is made with a size."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Set:
@@ -148,6 +151,18 @@ class Set:
     def data_length(self) -> int:
         """Bytes of an element's data; 0 for sets and verdict maps."""
         return _length(self.data)
+
+    def room(self, count: int) -> int:
+        """The size to make the set with if it is to hold `count` elements at once; 0 for none.
+
+        The kernel keeps a set with a size in a hash table that is large enough from the beginning.
+        One without grows while it is filled, but only after the transaction has ended: 250,000
+        elements take 0.5 s instead of 0.25, and a dump of them 2.2 s instead of 0.8. But a size is
+        a limit, too: a set that reaches it must be made anew (`agent.kernel.Full`).
+        """
+        if self.dynamic:
+            return self.size
+        return count * 3 // 2 if count >= LARGE and not self.interval else 0
 
     @property
     def drawn(self) -> bool:

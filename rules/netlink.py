@@ -173,9 +173,9 @@ class Batch:
         """Deletes a table with all it holds."""
         self.add(DELTABLE, family, string(1, name), 0, f"table {name}")
 
-    def new_set(self, table: str, described: Set) -> None:
-        """Creates a set or map."""
-        body = set_body(table, described) + number(10, len(self._messages) + 1)
+    def new_set(self, table: str, described: Set, count: int = 0) -> None:
+        """Creates a set or map that is to hold `count` elements at once."""
+        body = set_body(table, described, count) + number(10, len(self._messages) + 1)
         self.add(NEWSET, described.family, body, NLM_F_CREATE, f"set {described.name}")
 
     def delete_set(self, family: int, table: str, name: str) -> None:
@@ -256,8 +256,8 @@ def set_flags(described: Set) -> int:
     return flags
 
 
-def set_body(table: str, described: Set) -> bytes:
-    """Everything that defines a set but its id."""
+def set_body(table: str, described: Set, count: int = 0) -> bytes:
+    """Everything that defines a set but its id; `count` elements will be in it at once."""
     body = string(1, table) + string(2, described.name)
     if set_flags(described):
         body += number(3, set_flags(described))
@@ -266,8 +266,8 @@ def set_body(table: str, described: Set) -> bytes:
         body += number(6, VERDICT_TYPE) + number(7, 16)
     elif described.data:
         body += number(6, key_type(described.data)) + number(7, described.data_length)
-    if described.dynamic:
-        body += nest(9, number(1, described.size))
+    if size := described.room(count):
+        body += nest(9, number(1, size))
     elif described.interval and len(described.key) > 1:
         body += nest(9, nest(2, *(nest(1, number(1, f.length)) for f in described.key)))
     return body + attribute(13, user_data(described))

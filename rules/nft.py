@@ -62,8 +62,9 @@ def table(described: Table, elements: Mapping[Set, Mapping[Key, Value]]) -> str:
 def _set(described: Set, elements: Mapping[Key, Value]) -> Iterator[str]:
     yield f"\t{'map' if described.is_map else 'set'} {described.name} {{"
     yield f"\t\t{set_type(described)}"
+    if size := described.room(len(elements)):
+        yield f"\t\tsize {size}"
     if described.dynamic:
-        yield f"\t\tsize {described.size}"
         yield "\t\tflags dynamic,timeout"
     elif described.interval:
         yield "\t\tflags interval"

@@ -99,7 +99,7 @@ def encode(transaction: Transaction, table_flags: int = 0) -> Batch:  # noqa: PL
         if t.create:
             batch.new_table(t.family, TABLE, table_flags)
         for new in t.new_sets:
-            batch.new_set(TABLE, new)
+            batch.new_set(TABLE, new, len(transaction.change.added.get(new, ())))
         for chain in t.new_chains:
             batch.new_chain(t.family, TABLE, chain)
         for name in (*(c.name for c in t.rewritten), *t.old_chains):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import manifest
 from tests.kernel.namespaces import in_empty_namespace, is_root, list_ruleset, nft_programs, normal
 
 pytestmark = [
@@ -82,7 +86,27 @@ def _number(version: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_text_lists_as_what_the_agent_programs(name: str) -> None:
-    options = OPTIONS[name]
+    compare(OPTIONS[name])
+
+
+def test_the_text_of_a_large_map_says_its_size_too(tmp_path: Path) -> None:
+    (tmp_path / "many.json").write_text(json.dumps({"kind": "List", "items": list(_many())}))
+    text = compare([f"--from={tmp_path}", *NODE])
+    assert text.count("size 7500") == 2  # endpoints-6144 and hairpins
+
+
+def _many() -> Iterator[dict[str, Any]]:
+    """A Service with 5,000 endpoints."""
+    yield manifest.service_document()
+    for first in range(0, 5000, 1000):
+        some = [f"10.200.{n >> 8}.{n & 255}" for n in range(first, first + 1000)]
+        yield manifest.slice_document(
+            endpoints=[manifest.endpoint(a) for a in some], name=f"web-{first}"
+        )
+
+
+def compare(options: list[str]) -> str:
+    """Holds the listings of text and of netlink against each other; returns the text."""
     rendered = sliceproxy("render", *options)
     assert rendered.returncode == 0, rendered.stderr
     by_netlink = in_empty_namespace(lambda: programmed_by_the_agent(options))
@@ -90,6 +114,7 @@ def test_the_text_lists_as_what_the_agent_programs(name: str) -> None:
         by_text = in_empty_namespace(lambda nft=loader: loaded_as_text(rendered.stdout, nft))
         for version, listing in by_text.items():
             assert normal(listing) == normal(by_netlink[version]), version
+    return rendered.stdout
 
 
 def test_both_nft_versions_are_tried() -> None:

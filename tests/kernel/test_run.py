@@ -341,3 +341,43 @@ def test_a_broken_manifest_changes_nothing_on_the_node(world: World, place: Path
         assert answers(world)
         write(place, *documents(1, 2))
         agent.wait("verified", since=first)
+
+
+def many(name: str, cluster_ip: str, octet: int) -> list[dict[str, Any]]:
+    """A Service with 5,000 endpoints: their map is LARGE."""
+    addresses = [f"10.{octet}.{n >> 8}.{n & 255}" for n in range(5000)]
+    slices = [addresses[start : start + 1000] for start in range(0, 5000, 1000)]
+    return [
+        service_document(name, cluster_ips=[cluster_ip]),
+        *(
+            slice_document(name, [endpoint(a) for a in some], name=f"{name}-{number}")
+            for number, some in enumerate(slices)
+        ),
+    ]
+
+
+@needs_nft
+def test_a_map_that_is_full_is_made_anew_with_more_room(world: World, place: Path) -> None:
+    """A width's map with 5,000 elements has room for 7,500, and 10,000 come."""
+
+    def room() -> int:
+        described = nft(world, "-t", "list", "map", "ip", "sliceproxy", "endpoints-6144").stdout
+        return int(described.split("size ")[1].split()[0])
+
+    one, two = many("one", "10.96.1.1", 200), many("two", "10.96.1.2", 201)
+    write(place, *documents(1, 2), *one)
+    with Agent(world, place) as agent:
+        agent.wait("programmed")
+        assert room() == 7500
+        with Connections(world, "pod-3", VIP, PORT) as connections:
+            first = len(agent.lines)
+            write(place, *documents(1, 2), *one, *two)
+            line = agent.wait("programmed", since=first)
+        assert agent.wait("a map is full; its table is made anew")["map"].endswith("endpoints-6144")
+        assert line["tables_changed"] == 2
+        assert room() == 15_000
+        assert set(connections.outcomes) == {"answered"}
+        agent.kill()
+        first = agent.restart()
+        line = agent.wait("verified", since=first)
+        assert (line["added"], line["removed"]) == (0, 0)
