@@ -255,7 +255,7 @@ class Loop:
             transaction,
             done_at - started,
             done_at - sent_at,
-            elements=self.state.element_counts() if compared else None,
+            elements=self.state.element_counts if compared else None,
         )
         if transaction.tables:
             self._recorder.has_rules(self.state.tables())

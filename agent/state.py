@@ -37,6 +37,7 @@ from rules.diff import (
     elements,
     install,
     lists_of,
+    note_served,
     restored,
 )
 from rules.frontends import FAMILY_OF_LENGTH
@@ -58,6 +59,7 @@ from rules.tables import FAMILIES, SETS, Layout, PodInterface, build
 from rules.transaction import Known, TableChange, Transaction, table_change
 
 _Used = TypeVar("_Used", bound=Hashable)
+_NOWHERE = Lists()
 
 
 class Notice(NamedTuple):
@@ -91,6 +93,8 @@ class State:
         self.health_checks: dict[Name, HealthCheck] = {}
         self.lacking: Counter[tuple[int, str]] = Counter()
         self.node_leaving = False
+        self.element_counts: Mapping[Set, int] = {}
+        """How many elements each set should have after the last `resync`."""
         self._slice_owner: dict[Name, Name] = {}
         self._claimants: dict[Claim, tuple[Name, ...]] = {}
         self._rivals: dict[Claim, tuple[Name, frozenset[Name]]] = {}  # as they were told
@@ -236,7 +240,8 @@ class State:
     def step(self) -> Transaction:
         """The transaction that programs everything that has changed since the last one."""
         change = Change()
-        self._advance_services(change)
+        for claim in self._reprogram_dirty(change):
+            advance(claim, *self._install(claim), change)
         self._advance_node(change)
         return Transaction(tuple(self._advance_tables()), change)
 
@@ -248,21 +253,23 @@ class State:
         """
         first = not self.installed and not self._node_elements
         change = Change()
-        self._advance_services(change)
+        touched = self._reprogram_dirty(change)
         self._advance_node(change)
         views = {t.family: view for t in self.tables() if (view := read(t)) is not None}
         if first and not views:  # nothing there and nothing known: the change is everything
+            for claim in touched:
+                advance(claim, *self._install(claim), change)
+            self.element_counts = {owner: len(items) for owner, items in change.added.items()}
             return Transaction(tuple(self._advance_tables()), change)
         lists: dict[Claim, Lists] = {}
         for family, view in views.items():
             lists.update(restored(family, view.elements))
         shared: dict[tuple[Key, ...], tuple[Key, ...]] = {}  # equal slots, kept once
-        for claim, before in self.installed.items():
-            there = lists.get(claim, Lists())
+        for claim in {*self.installed, *touched}:
+            there = lists.get(claim, _NOWHERE)
             slots, inside = (shared.setdefault(s, s) for s in (there.slots, there.inside))
-            self.installed[claim] = install(
-                before.wanted, there._replace(slots=slots, inside=inside)
-            )
+            there = there._replace(slots=slots, inside=inside)
+            note_served(claim, *self._install(claim, there), change)
         changes = []
         have: dict[Set, Mapping[Key, Value]] = {}
         for family in FAMILIES:
@@ -273,7 +280,9 @@ class State:
             changes.append(changed)
             if found and not changed.create:
                 have.update(found.elements)
-        difference = between(have, self.elements())
+        want = self.elements()
+        self.element_counts = {owner: len(items) for owner, items in want.items()}
+        difference = between(have, want)
         difference.stale_udp = self._served_formerly(lists, change)
         return Transaction(tuple(changes), difference)
 
@@ -299,10 +308,6 @@ class State:
         yield from self._counts
         for claim, installed in self.installed.items():
             yield from elements(claim, installed)
-
-    def element_counts(self) -> Counter[Set]:
-        """How many elements each set should have after the last step."""
-        return Counter(owner for owner, _, _ in self._all_elements())
 
     def tables(self) -> list[Table]:
         """The tables as they are wanted now."""
@@ -337,7 +342,11 @@ class State:
             if claim.verdicts is SETS[claim.verdicts.family].service_nodeports and is_udp(claim):
                 change.stale_udp.setdefault(claim, frozenset())
 
-    def _advance_services(self, change: Change) -> None:
+    def _reprogram_dirty(self, change: Change) -> set[Claim]:
+        """Computes the programs of dirty Services; adds to `change` what several share.
+
+        Returns the claims whose outcome may be another now.
+        """
         around = self.surroundings()
         if around != self._around:
             self._around = around
@@ -347,8 +356,6 @@ class State:
         for name in self._dirty:
             touched |= self._reprogram(name, counted)
         self._dirty.clear()
-        for claim in touched:
-            self._advance_claim(claim, change)
         for element, was_there in counted.items():
             if self._counts[element] <= 0:
                 del self._counts[element]
@@ -356,6 +363,7 @@ class State:
                 change.remove(*element)
             elif not was_there and element in self._counts:
                 change.add(*element)
+        return touched
 
     def _reprogram(self, name: Name, counted: dict[Owned, bool]) -> set[Claim]:
         """Computes a Service's program; returns the claims whose outcome may be another now."""
@@ -420,17 +428,23 @@ class State:
         claimants = self._claimants.get(claim, ())
         return min(claimants, key=lambda n: self.services[n].age, default=None)
 
-    def _advance_claim(self, claim: Claim, change: Change) -> None:
+    def _install(
+        self, claim: Claim, there: Lists | None = None
+    ) -> tuple[Installed | None, Installed | None]:
+        """Gives the claim to its holder; returns what was installed before, and what is now.
+
+        Slots are kept as they are `there`; None: as they were installed before.
+        """
         holder = self.holder(claim)
-        before = self.installed.get(claim)
+        before, after = self.installed.get(claim), None
         if holder is None:
-            after = None
             self.installed.pop(claim, None)
         else:
             wanted = self.programs[holder].wanted[claim]
-            after = self.installed[claim] = install(wanted, lists_of(before))
+            after = install(wanted, lists_of(before) if there is None else there)
+            self.installed[claim] = after
         self._note_rivals(claim, holder)
-        advance(claim, before, after, change)
+        return before, after
 
     def _note_rivals(self, claim: Claim, holder: Name | None) -> None:
         """One notice for each Service that lost the claim, when it does."""

@@ -152,6 +152,13 @@ def advance(
     for element in wants - had:
         change.add(*element)
     _forget(claim, before, after, change)
+    note_served(claim, before, after, change)
+
+
+def note_served(
+    claim: Claim, before: Installed | None, after: Installed | None, change: Change
+) -> None:
+    """Adds to `change` that the claim may have stale UDP flows, if it may."""
     served = before.wanted.serving if before else frozenset()
     if must_look(served, after.wanted.serving if after else frozenset()):
         change.stale_udp[claim] = served

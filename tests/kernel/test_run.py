@@ -350,7 +350,9 @@ def many(name: str, cluster_ip: str, octet: int) -> list[dict[str, Any]]:
     return [
         service_document(name, cluster_ips=[cluster_ip]),
         *(
-            slice_document(name, [endpoint(a) for a in some], name=f"{name}-{number}")
+            slice_document(
+                name, [endpoint(a, node="node-2") for a in some], name=f"{name}-{number}"
+            )
             for number, some in enumerate(slices)
         ),
     ]
