@@ -5,25 +5,33 @@ inside the client's own `sendto`: veth hands it on in the same call, through the
 the pod's socket. So the duration of that one system call is the whole way there, with no other
 process to wake, and its median tells differences of a tenth of a microsecond.
 
-Three ways are measured in turn, each time from a socket, and so a flow, that was not used before:
+The ways are measured in turn, each time from a socket, and so a flow, that was not used before:
 
-- *plain*: to a pod in a second world, whose node has conntrack and nothing else;
+- *plain*: to a pod in a world whose node has conntrack and nothing else;
+- *NAT hooks alone*: to a pod in a world whose node has NAT chains without rules: what any proxy
+  costs that translates with NAT;
 - *direct*: to a pod past our tables, which look in vain;
-- through cluster IPs of Services with 1 and 10 endpoints, and with session affinity and 10 and
-  1,000 endpoints.
+- through cluster IPs of Services with 1 and 10 endpoints;
+- in a second cluster, where some Services have session affinity: through one that has none, and
+  through those with 10 and 1,000 endpoints;
+- through rules as kube-proxy makes them (`bench.like_kube_proxy`), if there is an `nft`.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 import socket
 import statistics
+import subprocess
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from agent.kernel import Kernel
 from agent.world import World
+from bench.like_kube_proxy import ruleset
 from bench.measure import Setting
 from bench.objects import (
     PER_SLICE,
@@ -42,13 +50,14 @@ from rules.netlink import Batch
 _PODS = 10
 _FIRST_PORT = 20000
 _RCVBUFFORCE = 33
-_SERVICES = {
-    # name: (endpoints, session affinity)
-    "1 endpoint": (1, False),
-    "10 endpoints": (10, False),
+_PLAIN = {"1 endpoint": (1, False), "10 endpoints": (10, False)}
+"""Endpoints and session affinity of the Services that are asked, by name."""
+_BESIDE_STICKY = {
+    "10 endpoints, others sticky": (10, False),
     "sticky, 10 endpoints": (10, True),
     "sticky, 1000 endpoints": (1000, True),
 }
+_MOST_IMITATED = 5000  # Services in the imitation; its nft takes seconds for more
 _BATCH = 250
 """Sockets that are open at once."""
 
@@ -58,11 +67,13 @@ def measure(sizes: list[Size], results: Results, *, quick: bool) -> None:
         _measure(size, results, 8 if quick else 80)
 
 
-def _extra(size: Size, world: World) -> tuple[dict[str, list[bytes]], dict[str, str]]:
+def _extra(
+    size: Size, world: World, asked: dict[str, tuple[int, bool]]
+) -> tuple[dict[str, list[bytes]], dict[str, str]]:
     """The Services to be asked, beside those of the size; and their addresses."""
     pods = [world.hosts[f"pod-{n}"].ipv4 for n in range(1, _PODS + 1)]
     services, slices, addresses = [], [], {}
-    for number, (name, (count, sticky)) in enumerate(_SERVICES.items()):
+    for number, (name, (count, sticky)) in enumerate(asked.items()):
         plain = f"asked-{number}"
         addresses[name] = cluster_ip(size.services + number)
         services.append(service(plain, addresses[name], protocol="UDP", sticky=sticky))
@@ -76,32 +87,65 @@ def _extra(size: Size, world: World) -> tuple[dict[str, list[bytes]], dict[str, 
     return {"services": services, "endpointslices": slices}, addresses
 
 
+class _Ways:
+    """Worlds with their sinks, and where to send in each."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self.to: dict[str, tuple[World, tuple[str, int]]] = {}
+        self.sinks: list[list[socket.socket]] = []
+
+    def world(self, pods: int, ports: int = 1) -> World:
+        """A world whose pods listen."""
+        world = self._stack.enter_context(World(pods=pods, remotes=0, prefix="sliceproxy-bench"))
+        for n in range(1, pods + 1):
+            self.sinks.append(_sinks(world, f"pod-{n}", ports))
+            self._stack.callback(_close, self.sinks[-1])
+        return world
+
+    def to_pod(self, name: str, world: World) -> None:
+        """A way past all Services."""
+        self.to[name] = world, (world.hosts["pod-1"].ipv4, _FIRST_PORT)
+
+    def through_agent(self, size: Size, asked: dict[str, tuple[int, bool]]) -> World:
+        """Ways through Services of a cluster of this size, and these, which an agent programs."""
+        world = self.world(_PODS, PER_SLICE)
+        extra, addresses = _extra(size, world, asked)
+        made = Setting(world, Cluster(size, extra), Prepared(Cluster(size, extra)))
+        self._stack.enter_context(made.server)
+        self._stack.enter_context(made.start()).wait("programmed", seconds=600)
+        self.to.update({name: (world, (address, 80)) for name, address in addresses.items()})
+        return world
+
+    def through_imitation(self, name: str, services: int) -> None:
+        """A way through rules as kube-proxy makes them."""
+        nft = shutil.which("nft")
+        if nft is None:
+            say("  first packet: no nft, so nothing is compared with rules as kube-proxy's")
+            return
+        world, address = self.world(_PODS), cluster_ip(services)
+        targets = [f"{world.hosts[f'pod-{n}'].ipv4}:{_FIRST_PORT}" for n in range(1, _PODS + 1)]
+        text = ruleset(address, 80, targets, min(services, _MOST_IMITATED))
+        world.run(HOST, lambda: subprocess.run([nft, "-f", "-"], input=text, text=True, check=True))
+        self.to[name] = world, (address, 80)
+
+
 def _measure(size: Size, results: Results, batches: int) -> None:
     before = yardstick()
     with ExitStack() as stack:
-        ours = stack.enter_context(World(pods=_PODS, remotes=0, prefix="sliceproxy-bench"))
-        plain = stack.enter_context(World(pods=1, remotes=0, prefix="sliceproxy-bench"))
-        extra, addresses = _extra(size, ours)
-        made = Setting(ours, Cluster(size, extra), Prepared(Cluster(size, extra)))
-        stack.enter_context(made.server)
-        process = stack.enter_context(made.start())
-        process.wait("programmed", seconds=600)
-        plain.run(HOST, _track_connections)
-        sinks = [_sinks(ours, f"pod-{n}", PER_SLICE) for n in range(1, _PODS + 1)]
-        sinks.append(_sinks(plain, "pod-1", 1))
-        ways: dict[str, tuple[World, tuple[str, int]]] = {
-            "plain": (plain, (plain.hosts["pod-1"].ipv4, _FIRST_PORT)),
-            "direct": (ours, (ours.hosts["pod-1"].ipv4, _FIRST_PORT)),
-            **{name: (ours, (address, 80)) for name, address in addresses.items()},
-        }
-        for world, where in ways.values():  # neighbours are found, code is warm
+        ways = _Ways(stack)
+        for name, nat in (("plain", False), ("NAT hooks alone", True)):
+            world = ways.world(1)
+            world.run(HOST, partial(_track_connections, nat=nat))
+            ways.to_pod(name, world)
+        ways.to_pod("direct", ways.through_agent(size, _PLAIN))
+        ways.through_agent(size, _BESIDE_STICKY)
+        ways.through_imitation("rules like kube-proxy's, 10 endpoints", size.services)
+        for world, where in ways.to.values():  # neighbours are found, code is warm
             world.run("client", _send, where, 50)
-        for group in sinks:
+        for group in ways.sinks:
             _empty(group)
-        samples, lost = _interleave(ways, batches, sinks)
-        for group in sinks:
-            for sink in group:
-                sink.close()
+        samples, lost = _interleave(ways.to, batches, ways.sinks)
     base = statistics.median(samples["plain"])
     metrics = {"plain conntrack": metric(samples["plain"], "us")}
     for name, values in samples.items():
@@ -195,12 +239,22 @@ def _empty(sinks: list[socket.socket]) -> int:
     return count
 
 
-def _track_connections() -> None:
-    """A table that makes the kernel track connections, and does no more."""
-    chain = Chain("track", (rule(Is(Status.NEW), Final.RETURN),), Base("filter", Hook.FORWARD, 0))
+def _close(sinks: list[socket.socket]) -> None:
+    for sink in sinks:
+        sink.close()
+
+
+def _track_connections(*, nat: bool) -> None:
+    """A table that makes the kernel track connections, with or without NAT, and does no more."""
+    track = (rule(Is(Status.NEW), Final.RETURN),)
+    chains = [Chain("track", track, Base("filter", Hook.FORWARD, 0))]
+    if nat:
+        hooks = (Hook.PREROUTING, -100), (Hook.OUTPUT, -100), (Hook.POSTROUTING, 100)
+        chains += [Chain(hook.value[0], (), Base("nat", hook, at)) for hook, at in hooks]
     batch = Batch()
     batch.new_table(4, "plain", 0)
-    batch.new_chain(4, "plain", chain)
-    batch.new_rules(4, "plain", chain)
+    for chain in chains:
+        batch.new_chain(4, "plain", chain)
+        batch.new_rules(4, "plain", chain)
     with Kernel(own=False) as kernel:
         kernel.send(batch)

@@ -24,7 +24,8 @@ A packet's way through it (`ip sliceproxy`, and the same for `ip6`):
        first looks whether this client has been here before   (affinity)
 
     input, forward, output, filter 0: new connections that were not sent to an endpoint
-      no endpoints: reject or drop    (reject-ips, drop-ips, reject-nodeports, drop-nodeports)
+      no endpoints: reject or drop    (reject-ips, drop-ips)
+      input: the same for node ports  (reject-nodeports, drop-nodeports)
       forward and output: a cluster IP at an unknown port: reject (cluster-ips);
                           a cluster IP that nobody has: drop      (service-cidrs)
 
@@ -232,7 +233,7 @@ def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
         Base("nat", Hook.OUTPUT, -100),
     )
     for hook, unanswered in (
-        (Hook.INPUT, "no-endpoints"),
+        (Hook.INPUT, "unanswered-here"),
         (Hook.FORWARD, "unanswered"),
         (Hook.OUTPUT, "unanswered"),
     ):
@@ -297,8 +298,17 @@ def _shared_chains(sets: FamilySets) -> Iterator[Chain]:
         (
             rule(In(destination, sets.reject_ips), Goto("refuse")),
             rule(In(destination, sets.drop_ips), Final.DROP),
-            rule(node_port, In(port, sets.reject_nodeports), Goto("refuse")),
-            rule(node_port, In(port, sets.drop_nodeports), Final.DROP),
+        ),
+    )
+    yield Chain(
+        "unanswered-here",
+        (rule(Jump("no-endpoints")), rule(node_port, Goto("no-endpoints-at-node-port"))),
+    )
+    yield Chain(
+        "no-endpoints-at-node-port",
+        (
+            rule(In(port, sets.reject_nodeports), Goto("refuse")),
+            rule(In(port, sets.drop_nodeports), Final.DROP),
         ),
     )
     yield Chain(
