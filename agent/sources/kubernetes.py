@@ -530,10 +530,7 @@ class _Thread(threading.Thread):
         """Hands over all of an answer; what has arrived by then of a watch is told as one."""
         reflector, events, due, spoke = self._reflector, list[Event](), False, False
         try:
-            while not reflector.over and not self._follower.stopping:
-                data = response.read1(_READ_BYTES)
-                if not data:
-                    break
+            for data in _pieces(response):
                 self._last_message, spoke = time.monotonic(), True
                 listing = reflector.listing
                 events += reflector.received(data)
@@ -544,6 +541,8 @@ class _Thread(threading.Thread):
                 if due and not (len(events) < MAX_BATCH and _has_more(response)):
                     self._tell(events)
                     events, due = [], False
+                if reflector.over or self._follower.stopping:
+                    break
         except urllib3.exceptions.ReadTimeoutError:
             if spoke:
                 self._log.info("connection fell silent; connecting anew", seconds=request.silence)
@@ -562,10 +561,19 @@ class _Thread(threading.Thread):
         self._follower.tell(self.resource, events, settled=self._reflector.settled)
 
 
+def _pieces(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    """The body as it comes. A chunk at a time costs half of what `read1` takes for one."""
+    if isinstance(response, urllib3.HTTPResponse) and response.chunked:
+        yield from response.read_chunked(_READ_BYTES)
+    else:
+        while data := response.read1(_READ_BYTES):
+            yield data
+
+
 def _has_more(response: urllib3.BaseHTTPResponse) -> bool:
     """Whether more of a chunked answer is here already, so that reading on does not wait.
 
-    The server sends each event as a chunk of its own, and `read1` returns one at a time.
+    The server sends each event as a chunk of its own, and they are read one at a time.
     """
     stream = getattr(getattr(response, "_fp", None), "fp", None)
     connection = getattr(response, "connection", None)
