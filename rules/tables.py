@@ -242,30 +242,23 @@ def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
             (rule(Is(Status.NEW), Is(Status.UNTRANSLATED), Jump(unanswered)),),
             Base("filter", hook, 0),
         )
-    if layout.affinity:
-        yield Chain(
-            "nat-input",
-            (rule(Is(Status.TRANSLATED), Jump("remember")),),
-            Base("nat", Hook.INPUT, 100),
-        )
+    remember = (rule(Is(Status.TRANSLATED), Jump("remember")),) if layout.affinity else ()
+    if remember:
+        yield Chain("nat-input", remember, Base("nat", Hook.INPUT, 100))
     yield Chain(
         "nat-postrouting",
         (
-            rule(Is(Status.TRANSLATED), Jump("translated")),
-            rule(Marked(layout.mark), Goto("marked")),
-        ),
-        Base("nat", Hook.POSTROUTING, 100),
-    )
-    yield Chain(
-        "translated",
-        (
-            *((rule(Jump("remember")),) if layout.affinity else ()),
+            *remember,
             rule(
+                # few match, so this goes first; a node that asks itself may, untranslated
                 In((f.saddr, f.daddr), sets.hairpins),
+                Is(Status.TRANSLATED),
                 Final.MASQUERADE,
                 comment="a pod that reached itself through a Service",
             ),
+            rule(Marked(layout.mark), Goto("marked")),
         ),
+        Base("nat", Hook.POSTROUTING, 100),
     )
     yield Chain("marked", (rule(Unmark(layout.mark)), rule(Final.MASQUERADE)))
 
