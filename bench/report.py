@@ -47,7 +47,7 @@ class Row(NamedTuple):
 _START = "parsing and programming a Service takes 40 us: a leaner path for one without options"
 _PACKET = (
     "the rows below tell how much of it NAT hooks cost that have no rules, and what rules like "
-    "kube-proxy's cost here; what is left is four lookups, in tables too large for the cache"
+    "kube-proxy's cost here; what is left is three lookups, in tables too large for the cache"
 )
 ROWS = (
     Row("process start to all programmed", "load", "time", (1.2, 3, 4), "median", "time", _START),
