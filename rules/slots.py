@@ -7,7 +7,8 @@ draws from a *width* instead, the first of a fixed ladder that is wide enough:
 
 - an endpoint that comes takes a free slot or the next one; when one goes, the last slot's endpoint
   moves into the hole. The others stay, and so do connections' chances of being spread evenly;
-- a Service changes its width only when it outgrows it, or when it has shrunk below FEWEST of it.
+- a Service changes its width only when it outgrows it, or when it has shrunk below FEWEST of it:
+  then its verdict changes, and its slots move to the map of the other width (`rules.tables`).
   A rolling update that swings by a quarter in both directions crosses one rung at most, once:
   where its surge has just outgrown the rung below, 2/3 of this width, three quarters of the
   Service are 3/4 / (5/4) * 2/3 = 0.4 of it, and that is more than FEWEST;

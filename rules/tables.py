@@ -5,13 +5,13 @@ A packet's way through it (`ip sliceproxy`, and the same for `ip6`):
     prerouting, nat -100            output, nat -100
       source ranges: drop             source ranges: drop
       from a pod of this node:        inside
-        inside                        what answers here
-      what answers here
+        inside                        service-ips, service-nodeports
+      service-ips, service-nodeports
            |
     inside     external addresses under traffic policy Local, asked from inside this node: all
            |   endpoints, not only the local ones            (inside-ips, inside-nodeports)
-    what answers here: everything else                       (service-ips, service-nodeports)
-           |   the verdict names a chain:
+           |
+           |   the verdict found in one of these maps names a chain:
            |
     [sticky-][masq-|cluster-][inside-][nodeport-]lb-WIDTH
        |        |               |        |        draws a slot below WIDTH and sends the packet to
