@@ -233,10 +233,10 @@ class _Demo:
     def _scale_up(self) -> None:
         self._step("web gets a sixth pod, web-6 on node-2")
         self._say(
-            "The pods of an address stand in numbered slots of a map, and `service-ips` names the"
-            " chain that draws a slot at random. web has the chain and the map for up to 6 slots,"
-            " so one element is all, and one more for its node port. As nft commands (the agent"
-            " itself runs no nft):"
+            "The pods of an address stand in numbered slots of the map `endpoints`, and"
+            " `service-ips` names the chain that draws a slot at random. web has the chain for up"
+            " to 6 slots, so one element is all, and one more for its node port. As nft commands"
+            " (the agent itself runs no nft):"
         )
         self._change("web.yaml", partial(self._add_endpoint, host="remote-8"))
         self._ask(
@@ -270,7 +270,7 @@ class _Demo:
         self._step("shop-1, the only pod of shop on this node, has to stop, but still serves")
         self._say(
             "It is the last one that clients outside can have here, so they keep it until it is"
-            " gone. Clients inside have a better one; their slots are those from 65536 on."
+            " gone. Clients inside have a better one; theirs stand in the maps `inside-...`."
         )
         self._change(
             "shop.yaml", partial(_set_conditions, pod="shop-1", ready=False, terminating=True)

@@ -40,7 +40,7 @@ from rules.netlink import (
 )
 from rules.nft import Element, Key, Value
 from rules.tables import FAMILIES, SETS, TABLE
-from rules.transaction import Known, Transaction, encode, encode_vacated
+from rules.transaction import Known, Transaction, encode
 
 _SOL_NETLINK = 270
 _NETLINK_NETFILTER = 12
@@ -212,13 +212,9 @@ class Kernel:
     def apply(self, transaction: Transaction) -> int:
         """Applies everything or nothing. Returns the bytes sent.
 
-        Elements that lists have vacated, and that no new packet draws any more, are deleted right
-        behind. Raises OwnedByOther, Stale, or Refused.
+        Raises OwnedByOther, Stale, or Refused.
         """
-        size = self.send(encode(transaction, self.table_flags))
-        if transaction.change.vacated:
-            size += self.send(encode_vacated(transaction.change))
-        return size
+        return self.send(encode(transaction, self.table_flags))
 
     def send(self, batch: Batch, generation: int | None = None) -> int:
         """Sends a batch and waits for the kernel's word on it."""

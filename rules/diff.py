@@ -9,10 +9,6 @@ Two ways lead to a change, and tests hold them against each other:
 
 A transaction deletes first and adds afterwards, because an element with other data under the same
 key is deleted and added. Slots make that rare: see `rules.slots`.
-
-Slots that a list has left for the map of another width are deleted behind the transaction: the
-kernel changes generations between two lookups of one packet, so a packet that was told the old
-width may draw from the old map after the commit.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from rules.nft import Element, Key, Value
 from rules.program import Claim, Owned, Wanted
 from rules.selection import Target
 from rules.slots import LADDER, Slots, assign, fitting
-from rules.tables import INSIDE_OFFSET, PLAIN, SETS, balancer, width_of
+from rules.tables import PLAIN, SETS, balancer, width_of
 
 
 class Change:
@@ -38,13 +34,11 @@ class Change:
     `stale_affinity` holds the families in which sticky clients may be remembered for endpoints
     that went, so that the affinity map must be gone through. `stale_udp` holds the claims that may
     have stale flows, each with what served it before: those in conntrack must be gone through.
-    `vacated` holds the part of `removed` that is to be deleted behind everything else.
     """
 
     def __init__(self) -> None:
         self.removed: dict[Set, list[Element]] = {}
         self.added: dict[Set, list[Element]] = {}
-        self.vacated: dict[Set, list[Element]] = {}
         self.stale_affinity: set[int] = set()
         self.stale_udp: dict[Claim, Serving] = {}
 
@@ -54,17 +48,6 @@ class Change:
     def remove(self, owner: Set, key: Key, value: Value = None) -> None:
         """Notes an element to delete; its value is for people."""
         self.removed.setdefault(owner, []).append((key, value))
-
-    def vacate(self, owner: Set, key: Key, value: Value = None) -> None:
-        """Notes an element to delete behind everything else."""
-        self.remove(owner, key, value)
-        self.vacated.setdefault(owner, []).append((key, value))
-
-    def removed_at_once(self, owner: Set) -> list[Element]:
-        """The elements to delete but for vacated ones."""
-        later = {key for key, _ in self.vacated.get(owner, ())}
-        removed = self.removed.get(owner, [])
-        return [e for e in removed if e[0] not in later] if later else removed
 
     def add(self, owner: Set, key: Key, value: Value = None) -> None:
         """Notes an element to add."""
@@ -121,13 +104,10 @@ def lists_of(installed: Installed | None) -> Lists:
 def elements(claim: Claim, installed: Installed) -> Iterator[Owned]:
     """Every element that a frontend has in the kernel."""
     yield from _verdicts(claim, installed)
-    maps = _endpoint_maps(claim)
-    for slots, width, offset in (
-        (installed.slots, installed.width, 0),
-        (installed.inside, installed.inside_width, INSIDE_OFFSET),
-    ):
+    for slots, inside in ((installed.slots, False), (installed.inside, True)):
+        owner = _endpoint_map(claim, inside=inside)
         for index, target in enumerate(slots):
-            yield maps[width], claim.key + _slot(offset + index), target
+            yield owner, claim.key + _slot(index), target
     yield from installed.wanted.elements
 
 
@@ -137,14 +117,8 @@ def advance(
     """Adds to `change` what leads one frontend from `before` to `after`."""
     _advance_verdicts(claim, before, after, change)
     old, new = lists_of(before), lists_of(after)
-    _advance_list(claim, 0, (old.slots, old.width), (new.slots, new.width), change)
-    _advance_list(
-        claim,
-        INSIDE_OFFSET,
-        (old.inside, old.inside_width),
-        (new.inside, new.inside_width),
-        change,
-    )
+    _advance_slots(_endpoint_map(claim, inside=False), claim.key, old.slots, new.slots, change)
+    _advance_slots(_endpoint_map(claim, inside=True), claim.key, old.inside, new.inside, change)
     had = before.wanted.elements if before else frozenset()
     wants = after.wanted.elements if after else frozenset()
     for element in had - wants:
@@ -204,44 +178,28 @@ def _advance_verdicts(
         change.add(*element)
 
 
-def _endpoint_maps(claim: Claim) -> Mapping[int, Set]:
-    """The maps that hold the claim's slots, by width."""
+def _endpoint_map(claim: Claim, *, inside: bool) -> Set:
     sets = SETS[claim.verdicts.family]
-    return sets.endpoints if claim.verdicts is sets.service_ips else sets.nodeport_endpoints
+    return sets.endpoint_map(node_port=claim.verdicts is sets.service_nodeports, inside=inside)
 
 
 def _slot(index: int) -> bytes:
     return index.to_bytes(4, sys.byteorder)
 
 
-def _advance_list(
-    claim: Claim, offset: int, before: tuple[Slots, int], after: tuple[Slots, int], change: Change
-) -> None:
-    """Slots and width of one list. A list that gets another width moves to that width's map."""
-    (old, old_width), (new, width) = before, after
-    maps = _endpoint_maps(claim)
-    if width == old_width:
-        if old is not new:
-            _advance_slots((maps[width], claim.key, offset), old, new, change)
+def _advance_slots(owner: Set, key: Key, old: Slots, new: Slots, change: Change) -> None:
+    if old is new:
         return
-    for index, target in enumerate(old):
-        change.vacate(maps[old_width], claim.key + _slot(offset + index), target)
-    for index, target in enumerate(new):
-        change.add(maps[width], claim.key + _slot(offset + index), target)
-
-
-def _advance_slots(slots: tuple[Set, Key, int], old: Slots, new: Slots, change: Change) -> None:
-    owner, key, offset = slots
     common = min(len(old), len(new))
     for index in range(common):
         if old[index] != new[index]:
-            slot = key + _slot(offset + index)
+            slot = key + _slot(index)
             change.remove(owner, slot, old[index])
             change.add(owner, slot, new[index])
     for index in range(common, len(old)):
-        change.remove(owner, key + _slot(offset + index), old[index])
+        change.remove(owner, key + _slot(index), old[index])
     for index in range(common, len(new)):
-        change.add(owner, key + _slot(offset + index), new[index])
+        change.add(owner, key + _slot(index), new[index])
 
 
 def _forget(
@@ -270,9 +228,7 @@ def between(have: Elements, want: Elements) -> Change:
     for owner in {**have, **want}:
         had, wants = have.get(owner, {}), want.get(owner, {})
         for key, value in had.items():
-            if key not in wants:
-                (change.vacate if owner.drawn else change.remove)(owner, key, value)
-            elif wants[key] != value:
+            if key not in wants or wants[key] != value:
                 change.remove(owner, key, value)
         for key, value in wants.items():
             if key not in had or had[key] != value:
@@ -295,20 +251,21 @@ def restored(family: int, have: Elements) -> dict[Claim, Lists]:
     """
     sets = SETS[family]
     result: dict[Claim, Lists] = {}
-    for verdicts, inside_verdicts, maps in (
-        (sets.service_ips, sets.inside_ips, sets.endpoints),
-        (sets.service_nodeports, sets.inside_nodeports, sets.nodeport_endpoints),
+    for verdicts, inside_verdicts, node_port in (
+        (sets.service_ips, sets.inside_ips, False),
+        (sets.service_nodeports, sets.inside_nodeports, True),
     ):
-        slots = {width: _slots_by_key(have.get(owner, {})) for width, owner in maps.items()}
-        slots[0] = {}
+        slots, inside = (
+            _slots_by_key(have.get(sets.endpoint_map(node_port=node_port, inside=inside), {}))
+            for inside in (False, True)
+        )
         inside_verdict = have.get(inside_verdicts, {})
         for key, chain in have.get(verdicts, {}).items():
-            width, inside_width = _width(chain), _width(inside_verdict.get(key))
             result[Claim(verdicts, key)] = Lists(
-                _dense(slots[width].get(key), 0),
-                width,
-                _dense(slots[inside_width].get(key), INSIDE_OFFSET),
-                inside_width,
+                _dense(slots.get(key)),
+                _width(chain),
+                _dense(inside.get(key)),
+                _width(inside_verdict.get(key)),
             )
     return result
 
@@ -320,10 +277,10 @@ def _slots_by_key(have: Mapping[Key, Value]) -> dict[Key, dict[int, Value]]:
     return result
 
 
-def _dense(slots: Mapping[int, Value] | None, offset: int) -> Slots:
+def _dense(slots: Mapping[int, Value] | None) -> Slots:
     found: dict[Target, None] = {}
     while slots:
-        target = slots.get(offset + len(found))
+        target = slots.get(len(found))
         if not isinstance(target, bytes) or target in found:
             break
         found[target] = None

@@ -165,11 +165,6 @@ class Set:
         return count * 3 // 2 if count >= LARGE and not self.interval else 0
 
     @property
-    def drawn(self) -> bool:
-        """Whether the last field of the key is a slot that rules draw."""
-        return self.key[-1].source is Source.RANDOM
-
-    @property
     def typeof(self) -> bool:
         """Whether the key has a field without a name for its type, so that nft needs `typeof`."""
         return any(f.type is DataType.INTEGER for f in self.key)

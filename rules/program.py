@@ -60,7 +60,7 @@ class Claim(NamedTuple):
 class Wanted(msgspec.Struct, frozen=True):
     """What one frontend wants.
 
-    `endpoints` get slots under the claim's key, `inside` likewise from INSIDE_OFFSET on, if it is
+    `endpoints` get slots under the claim's key, `inside` likewise in a map of their own, if it is
     not None. `style` and `sticky` pick the chain together with the width, which is found when the
     slots are. `elements` are all others. `serving` tells where flows may lead that began earlier
     (`rules.conntrack`); it is empty unless the protocol is UDP.

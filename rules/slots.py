@@ -7,18 +7,18 @@ draws from a *width* instead, the first of a fixed ladder that is wide enough:
 
 - an endpoint that comes takes a free slot or the next one; when one goes, the last slot's endpoint
   moves into the hole. The others stay, and so do connections' chances of being spread evenly;
-- a Service changes its width only when it outgrows it, or when it has shrunk below FEWEST of it:
-  then its verdict changes, and its slots move to the map of the other width (`rules.tables`).
+- a Service changes its width only when it outgrows it, or when it has shrunk below FEWEST of it.
   A rolling update that swings by a quarter in both directions crosses one rung at most, once:
   where its surge has just outgrown the rung below, 2/3 of this width, three quarters of the
   Service are 3/4 / (5/4) * 2/3 = 0.4 of it, and that is more than FEWEST;
 - a draw that hits an empty slot misses, and the next rule draws again; after DRAWS misses one last
-  draw is made over the first FEWEST slots, which are always filled.
+  draw is made over the first FEWEST slots, which are always filled. FEWEST is a width of the ladder
+  itself, 3/8 or 1/3, so that its chain draws them.
 
 How even that is: with filling f = N / width, a share (1 - f)^DRAWS of all connections comes from
 the last draw, so a slot beyond FEWEST gets that share less than 1/N: at most 0.4 % less in a width
 just grown into (f > 2/3), 3.1 % at f = 1/2, nothing where N equals the width or FEWEST; at the
-worst, in a width that the Service has shrunk in and is about to leave, up to 9.5 %.
+worst, in a width that the Service has shrunk in and is about to leave, up to 13.2 %.
 """
 
 from __future__ import annotations
@@ -35,9 +35,15 @@ DRAWS = 5
 MAX_ENDPOINTS = LADDER[-1]
 
 
+_FEWEST = {
+    width: max((lower for lower in LADDER if 8 * lower <= 3 * width), default=1) for width in LADDER
+}
+
+
 def fewest(width: int) -> int:
-    """The smallest number of endpoints for which a Service keeps this width: 3/8 of it."""
-    return -(-3 * width // 8)
+    """The smallest number of endpoints for which a Service keeps this width: the widest rung of
+    the ladder within 3/8 of it, so 3/8 or 1/3 from 6 on."""
+    return _FEWEST[width]
 
 
 def fitting(count: int, current: int = 0) -> int:

@@ -14,12 +14,11 @@ A packet's way through it (`ip sliceproxy`, and the same for `ip6`):
            |   the verdict found in one of these maps names a chain:
            |
     [sticky-][masq-|cluster-][inside-][nodeport-]lb-WIDTH
-       |        |               |        |        draws a slot below WIDTH and sends the packet to
-       |        |               |        |        the endpoint that endpoints-WIDTH (for node ports
-       |        |               |        |        nodeport-endpoints-WIDTH) has in it; on a miss
-       |        |               |        |        draws again
-       |        |               |        the address is not part of the key
-       |        |               slots from INSIDE_OFFSET on; masquerades what the node itself sends
+       |        |               |        |        goes through draw-WIDTH, which draws a slot below
+       |        |               |        |        WIDTH and sends the packet to the endpoint in it,
+       |        |               |        |        until a slot is not empty
+       |        |               |        slots of nodeport-endpoints, not of endpoints
+       |        |               slots of inside-endpoints; masquerades what the node itself sends
        |        masq: marks for masquerading; cluster: unless the client is a pod of this node
        first looks whether this client has been here before   (affinity)
 
@@ -42,8 +41,9 @@ Why it is like this:
 - That first packet meets as few expressions as can be, each some 20 ns: what was sent to an
   endpoint is asked nothing more in the filter hooks, and rules that no Service asks for are absent.
 - For each element that is added to a map the kernel walks all rules that read it (17 ns each, in
-  `nft_add_set_elem`). So each width has a map of its own, which twelve rules read: with one map for
-  all widths 250,000 elements took the kernel 2.1 s, so 0.6. A list that outgrows its width moves.
+  `nft_add_set_elem`). So each width has one rule that draws, in a chain that others go through as
+  often as they need: 32 rules read a map. With 374 of them 250,000 elements took the kernel 1.5 s
+  longer.
 - A verdict names everything that will happen to a packet, so a person reads it in one element.
 - The rules for session affinity exist only while a Service asks for it, also because nft 1.0.6
   aborts on *loading* the text of the IPv6 map (60 bytes of key and data), though it lists it.
@@ -86,14 +86,11 @@ from rules.language import (
     rule,
 )
 from rules.objects import SCTP, TCP, UDP
-from rules.slots import DRAWS, LADDER, fewest
+from rules.slots import DRAWS, LADDER, MAX_ENDPOINTS, fewest
 
 FAMILIES = (4, 6)
 
 TABLE = "sliceproxy"
-INSIDE_OFFSET = 1 << 16
-"""The first slot of the list that clients inside the node get, behind all slots of the other."""
-
 AFFINITY_SIZE = 65536  # clients remembered per family; the map is full of them at 65,536
 DEFAULT_MARK = 0x4000  # kube-proxy's bit 14
 
@@ -105,7 +102,7 @@ class FamilySets:
         fields = Fields.of(family)
         self.family = family
         self.fields = fields
-        slot = fields.random(INSIDE_OFFSET)
+        slot = fields.random(MAX_ENDPOINTS)
         destination = (fields.daddr, fields.protocol, fields.dport)
         port = (fields.protocol, fields.dport)
         target = (fields.daddr, fields.dport)
@@ -120,14 +117,12 @@ class FamilySets:
         self.service_nodeports = verdicts("service-nodeports", port, "who answers at a node port")
         self.inside_ips = verdicts("inside-ips", destination, "the same, asked from inside")
         self.inside_nodeports = verdicts("inside-nodeports", port, "the same, asked from inside")
-        self.endpoints = {
-            width: Set(family, f"endpoints-{width}", (*destination, slot), target)
-            for width in LADDER
-        }
-        self.nodeport_endpoints = {
-            width: Set(family, f"nodeport-endpoints-{width}", (*port, slot), target)
-            for width in LADDER
-        }
+        self.endpoints = Set(family, "endpoints", (*destination, slot), target)
+        self.nodeport_endpoints = Set(family, "nodeport-endpoints", (*port, slot), target)
+        self.inside_endpoints = Set(family, "inside-endpoints", (*destination, slot), target)
+        self.inside_nodeport_endpoints = Set(
+            family, "inside-nodeport-endpoints", (*port, slot), target
+        )
         self.reject_ips = plain("reject-ips", destination, "no endpoints anywhere")
         self.drop_ips = plain("drop-ips", destination, "policy Local, and no endpoints here")
         self.reject_nodeports = plain("reject-nodeports", port, "no endpoints anywhere")
@@ -157,13 +152,13 @@ class FamilySets:
     @property
     def always(self) -> tuple[Set, ...]:
         """The sets that every table has."""
-        single = (s for s in vars(self).values() if isinstance(s, Set) and s not in self.sticky)
-        return (*single, *self.endpoint_maps)
+        return tuple(s for s in vars(self).values() if isinstance(s, Set) and s not in self.sticky)
 
-    @property
-    def endpoint_maps(self) -> tuple[Set, ...]:
-        """The maps that have endpoints in slots."""
-        return (*self.endpoints.values(), *self.nodeport_endpoints.values())
+    def endpoint_map(self, *, node_port: bool, inside: bool) -> Set:
+        """The map that has the endpoints of one sort of list in slots."""
+        if inside:
+            return self.inside_nodeport_endpoints if node_port else self.inside_endpoints
+        return self.nodeport_endpoints if node_port else self.endpoints
 
     @property
     def sticky(self) -> tuple[Set, ...]:
@@ -397,10 +392,17 @@ def _balancers(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
 def _balancer_family(
     layout: Layout, sets: FamilySets, width: int, node_port: bool, inside: bool
 ) -> Iterator[Chain]:
-    """One drawing chain, and those that lead to it."""
+    """The chain that draws once, the one that draws until it hits, and those that lead to it."""
     f = sets.fields
+    key: Concat = (f.protocol, f.dport) if node_port else (f.daddr, f.protocol, f.dport)
+    endpoints = sets.endpoint_map(node_port=node_port, inside=inside)
+    draw = _draw(width, node_port=node_port, inside=inside)
+    yield Chain(draw, (rule(Translate((*key, f.random(width)), endpoints)),))
+
     drawing = balancer(width, node_port=node_port, inside=inside, sticky=False)
-    yield Chain(drawing, tuple(_draws(layout, sets, width, node_port, inside)))
+    always_filled = rule(Goto(_draw(fewest(width), node_port=node_port, inside=inside)))
+    draws = (rule(Jump(draw)),) * (DRAWS if fewest(width) < width else 0)
+    yield Chain(drawing, (*(_marks_own(layout) if inside else ()), *draws, always_filled))
 
     before: dict[str, tuple[Rule, ...]] = {PLAIN: ()}
     if not inside:
@@ -423,15 +425,6 @@ def _marks_own(layout: Layout) -> tuple[Rule, ...]:
     return (rule(Is(Status.FROM_HERE), Mark(layout.mark), comment="sent by the node itself"),)
 
 
-def _draws(
-    layout: Layout, sets: FamilySets, width: int, node_port: bool, inside: bool
-) -> Iterator[Rule]:
-    f = sets.fields
-    key: Concat = (f.protocol, f.dport) if node_port else (f.daddr, f.protocol, f.dport)
-    endpoints = (sets.nodeport_endpoints if node_port else sets.endpoints)[width]
-    offset = INSIDE_OFFSET if inside else 0
-    if inside:
-        yield from _marks_own(layout)
-    for _ in range(DRAWS if fewest(width) < width else 0):
-        yield rule(Translate((*key, f.random(width, offset)), endpoints))
-    yield rule(Translate((*key, f.random(fewest(width), offset)), endpoints))
+def _draw(width: int, *, node_port: bool, inside: bool) -> str:
+    """The chain that draws a slot below this width once."""
+    return f"{INSIDE if inside else ''}{NODEPORT if node_port else ''}draw-{width}"

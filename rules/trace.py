@@ -333,6 +333,7 @@ class _Passage:
         self.steps: list[Step] = []
         self._departed: dict[int, _Flight] = {}
         self._gone = False
+        self._drawn_from: Set | None = None  # by the last step, if that is a draw
         self._chain_name = ""
         self._at_rule = Rule(())
         self._matched: list[Match] = []
@@ -379,6 +380,7 @@ class _Passage:
         return None
 
     def _note(self, effect: Effect, detail: str = "") -> None:
+        self._drawn_from = None
         rule = self._at_rule
         matched = tuple(self._matched)
         self.steps.append(
@@ -486,16 +488,15 @@ class _Passage:
         return _Verdict.STOP
 
     def _note_draw(self, named: Set, hits: Mapping[Key, Target]) -> None:
-        """One step for all draws of a chain: the first draws from all the others can hit."""
-        if self.steps and self.steps[-1].chain == self._chain_name:
-            before = self.steps[-1]
-            if before.effect in (Effect.DRAWS, Effect.MISSES):
-                return
+        """One step for all draws from a map: the first draws from all that the others can hit."""
+        if self._drawn_from is named:
+            return
         self._matched.extend(Match(named.name, nft.element(named, hit)) for hit in hits.items())
         if hits:
             self._note(Effect.DRAWS, str(len(hits)))
         else:
             self._note(Effect.MISSES)
+        self._drawn_from = named
 
     def _final(self, statement: Final) -> _Outcome:
         match statement:

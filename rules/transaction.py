@@ -104,8 +104,8 @@ def encode(transaction: Transaction, table_flags: int = 0) -> Batch:  # noqa: PL
             batch.new_chain(t.family, TABLE, chain)
         for name in (*(c.name for c in t.rewritten), *t.old_chains):
             batch.delete_rules(t.family, TABLE, name)
-    for owner in transaction.change.removed:
-        batch.delete_elements(TABLE, owner, transaction.change.removed_at_once(owner))
+    for owner, elements in transaction.change.removed.items():
+        batch.delete_elements(TABLE, owner, elements)
     for t in transaction.tables:
         for chain in (*t.new_chains, *t.rewritten):
             batch.new_rules(t.family, TABLE, chain)
@@ -116,14 +116,6 @@ def encode(transaction: Transaction, table_flags: int = 0) -> Batch:  # noqa: PL
             batch.delete_chain(t.family, TABLE, name)
         for name in t.old_sets:
             batch.delete_set(t.family, TABLE, name)
-    return batch
-
-
-def encode_vacated(change: Change) -> Batch:
-    """What is to be deleted when the transaction has been applied."""
-    batch = Batch()
-    for owner, elements in change.vacated.items():
-        batch.delete_elements(TABLE, owner, elements)
     return batch
 
 
@@ -142,11 +134,10 @@ def commands(transaction: Transaction) -> Iterator[str]:  # noqa: PLR0912
             yield f"add {kind} {name} {new.name} {{ {nft.set_type(new)}; }}"
         for chain in t.new_chains:
             yield f"add chain {name} {chain.name}"
-    change = transaction.change
-    for owner in change.removed:
-        for element in change.removed_at_once(owner):
-            yield nft.command("delete", owner, element)
-    for verb, side in (("add", change.added), ("delete", change.vacated)):
+    for verb, side in (
+        ("delete", transaction.change.removed),
+        ("add", transaction.change.added),
+    ):
         for owner, elements in side.items():
             for element in elements:
                 yield nft.command(verb, owner, element)

@@ -35,7 +35,6 @@ from rules.objects import (
     ServiceCIDR,
     ServicePort,
 )
-from rules.tables import INSIDE_OFFSET
 
 FAMILIES = (4, 6)
 
@@ -381,7 +380,7 @@ Fields = dict[Where, dict[str, Any]]
 
 _ADDRESS = {4: 4, 6: 16}
 _VERDICT = re.compile(r"(.*lb)-(\d+)")
-_SLOTS = re.compile(r"(nodeport-)?endpoints-(\d+)")
+_SLOTS = re.compile(r"(inside-)?(nodeport-)?endpoints")
 _REMEMBER = re.compile(r"remember-(\d+)")
 
 
@@ -399,8 +398,8 @@ def observed(elements: Elements, chains: Mapping[int, Iterable[str]]) -> tuple[P
         assert sticky <= set(sets.get((family, "sticky-addresses"), {})), "forgetful addresses"
     for (family, name), content in sets.items():
         if found := _SLOTS.fullmatch(name):
-            length = 0 if found[1] else _ADDRESS[family]
-            _read_slots(content, family, length, int(found[2]), layout)
+            length = 0 if found[2] else _ADDRESS[family]
+            _read_slots(content, family, length, bool(found[1]), layout)
     for (where, inside), slots in layout.slots.items():
         targets = frozenset(slots.values())
         assert len(targets) == len(slots), f"an endpoint in two slots of {where}: {slots}"
@@ -459,13 +458,11 @@ def _read_answers(sets: Mapping, family: int, ending: str, fields: Fields) -> No
             found["empty"] = answer
 
 
-def _read_slots(content: Mapping, family: int, length: int, width: int, layout: Layout) -> None:
+def _read_slots(content: Mapping, family: int, length: int, inside: bool, layout: Layout) -> None:
     for key, value in content.items():
         slot = int.from_bytes(key[-4:], sys.byteorder)
-        inside = slot >= INSIDE_OFFSET
-        list_of = ListOf(where_of(family, length, key[:-4]), inside)
-        assert layout.widths[list_of] == width, f"a slot of {list_of} is not where it is drawn from"
-        layout.slots[list_of][slot - INSIDE_OFFSET * inside] = target_of(value)
+        slots = layout.slots.setdefault(ListOf(where_of(family, length, key[:-4]), inside), {})
+        slots[slot] = target_of(value)
 
 
 def _read_sources(sets: Mapping, family: int, fields: Fields) -> None:

@@ -22,7 +22,7 @@ from agent.state import State
 from agent.world import World
 from rules.diff import Change, Elements, Lists, between, install, restored
 from rules.objects import decode
-from rules.tables import FAMILIES, INSIDE_OFFSET, SETS
+from rules.tables import FAMILIES, SETS
 from rules.transaction import table_change
 from tests.cluster.apiserver import KINDS, ApiServer, Document, Key
 from tests.kernel.agent import PATIENCE, Agent, Connections
@@ -36,7 +36,12 @@ BACK = "the API server answers again"
 UNUSABLE = "object cannot be used; what was known of it stays"
 SILENT = "connection fell silent; connecting anew"
 
-ENDPOINT_MAPS = {m for sets in SETS.values() for m in sets.endpoint_maps}
+ENDPOINT_MAPS = {
+    sets.endpoint_map(node_port=node_port, inside=inside)
+    for sets in SETS.values()
+    for node_port in (False, True)
+    for inside in (False, True)
+}
 
 
 # --- the API server, and what the kernel should have of it --------------------------------------
@@ -140,9 +145,8 @@ def _sets_of_endpoints(elements: Elements) -> dict[Any, dict[Any, Any]]:
     for owner in ENDPOINT_MAPS & set(elements):
         lists: dict[Any, tuple[list[int], list[Any]]] = {}
         for key, target in elements[owner].items():
-            inside, slot = divmod(int.from_bytes(key[-4:], sys.byteorder), INSIDE_OFFSET)
-            slots, targets = lists.setdefault((key[:-4], inside), ([], []))
-            slots.append(slot)
+            slots, targets = lists.setdefault(key[:-4], ([], []))
+            slots.append(int.from_bytes(key[-4:], sys.byteorder))
             targets.append(target)
         result[owner] = {k: (sorted(s), sorted(t)) for k, (s, t) in lists.items()}
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,16 @@ from agent.sources.reflector import Ask, Reflector, Timing, resources
 from agent.state import State
 from rules.objects import decode_any
 from rules.slots import fitting
-from rules.tables import INSIDE_OFFSET, SETS
+from rules.tables import SETS
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 SERVICES, SLICES, NODE, CIDRS = resources("node-1")
-ENDPOINTS = {m for sets in SETS.values() for m in sets.endpoint_maps}
+ENDPOINTS = {
+    sets.endpoint_map(node_port=node_port, inside=inside)
+    for sets in SETS.values()
+    for node_port in (False, True)
+    for inside in (False, True)
+}
 HERE = NodeAddresses(frozenset({b"\xac\x1f\x00\x02"}), (b"\xac\x1f\x00\x02",))
 
 
@@ -53,17 +57,14 @@ def final() -> State:
 def elements(state: State, *, widths: bool = True) -> dict[object, object]:
     """All elements; of the endpoint maps the set of endpoints of each list, whatever their slots.
 
-    Without `widths`, verdicts and endpoint maps are without theirs.
+    Without `widths`, the verdicts are without theirs.
     """
     found: dict[object, object] = {}
     lists: dict[object, set[object]] = {}
     for owner, items in state.elements().items():
         for key, value in items.items():
             if owner in ENDPOINTS:
-                slot = int.from_bytes(key[-4:], sys.byteorder)
-                place = owner if widths else owner.name.rpartition("-")[0]
-                list_of = (owner.family, place, key[:-4], slot >= INSIDE_OFFSET)
-                lists.setdefault(list_of, set()).add(value)
+                lists.setdefault((owner, key[:-4]), set()).add(value)
             elif not widths and isinstance(value, str):
                 found[owner, key] = re.sub(r"lb-\d+$", "lb", value)
             else:

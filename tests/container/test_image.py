@@ -238,7 +238,7 @@ def test_nothing_is_lost(node: Node, place: Path, how: str) -> None:
     agent = run(node, place)
     agent.wait("programmed")
     before = nft_elements(world)
-    assert before["4 endpoints-2"]
+    assert before["4 endpoints"]
     with (
         connection(world, "pod-1", STAY) as stays,
         Connections(world, "pod-3", VIP, PORT) as connections,

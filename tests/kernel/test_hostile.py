@@ -341,7 +341,7 @@ def test_no_text_of_an_object_reaches_the_kernel_or_the_dry_run(proxy, text):
     records, invalid = told(document, evil_slice, node, cidr)
     assert not invalid
     transaction = proxy.put(*records)
-    assert transaction.change.added[SETS[4].endpoints[1]], "the endpoint was programmed"
+    assert transaction.change.added[SETS[4].endpoints], "the endpoint was programmed"
 
     tables, elements = proxy.state.tables(), proxy.state.elements()
     texts = [

@@ -814,7 +814,7 @@ def test_an_address_in_two_slices_counts_once_and_its_ready_copy_wins(
     p.put(net.service(externalIPs=[], ingress=[], ports=[{"name": "web", "port": 80}]))
     p.put(both, unready)
     p.check()
-    assert len(p.kernel.elements(SETS[net.family].endpoints[2])) == 2
+    assert len(p.kernel.elements(SETS[net.family].endpoints)) == 2
     net.expect("node", net.at("cluster-ip"), ("pod-1", "pod-2"), seen_as="node", protocols=("tcp",))
     p.delete(both)
     p.put(net.slice("pod-2", name="web-2"))
@@ -918,7 +918,7 @@ def test_sctp_has_its_elements(proxy: Start, net: Net, frontend: str) -> None:
     address, port = net.at(frontend)
     key = destination_key(b"" if node_port else net.packed(address), SCTP, port)
     verdicts = p.kernel.elements(sets.service_nodeports if node_port else sets.service_ips)
-    endpoints = p.kernel.elements((sets.nodeport_endpoints if node_port else sets.endpoints)[2])
+    endpoints = p.kernel.elements(sets.endpoint_map(node_port=node_port, inside=False))
     style = "" if frontend == "cluster-ip" else "masq-"
     assert verdicts[key] == balancer(
         2, style=style, node_port=node_port, inside=False, sticky=False

@@ -92,7 +92,7 @@ def test_the_text_lists_as_what_the_agent_programs(name: str) -> None:
 def test_the_text_of_a_large_map_says_its_size_too(tmp_path: Path) -> None:
     (tmp_path / "many.json").write_text(json.dumps({"kind": "List", "items": list(_many())}))
     text = compare([f"--from={tmp_path}", *NODE])
-    assert text.count("size 7500") == 2  # endpoints-6144 and hairpins
+    assert text.count("size 7500") == 2  # endpoints and hairpins
 
 
 def _many() -> Iterator[dict[str, Any]]:

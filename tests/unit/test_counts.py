@@ -19,7 +19,6 @@ from agent.config import options
 from agent.events import NodeAddresses, Upsert
 from agent.sources.reflector import INITIAL_EVENTS_END, Reflector, resources
 from agent.state import State
-from rules.slots import fitting
 from rules.transaction import Transaction, encode
 from tests import manifest
 
@@ -111,7 +110,7 @@ def test_a_start_adds_each_element_once(started):
     trace, transaction = started
     counts = {owner.name: len(items) for owner, items in transaction.change.added.items()}
     assert counts["service-ips"] == counts["cluster-ips"] == trace.services
-    assert counts[f"endpoints-{fitting(EACH)}"] == trace.services * EACH
+    assert counts["endpoints"] == trace.services * EACH
     assert transaction.change.removed == {}
     # the rest is the node's: its addresses, not the cluster's size
     assert transaction.change.operations - trace.services * (EACH + 2) <= 4
@@ -131,7 +130,7 @@ def test_a_replaced_endpoint_is_two_operations_and_few_bytes(started):
     for number in range(CHANGES):
         transaction, data = trace.follow(trace.change(number))
         assert transaction.change.operations == 2
-        assert {owner.name for owner in transaction.change.added} == {f"endpoints-{fitting(EACH)}"}
+        assert {owner.name for owner in transaction.change.added} == {"endpoints"}
         assert len(data) < 300
         back = message("MODIFIED", trace.slice(number * 5 % 300, trace.addresses(number * 5 % 300)),
                        trace.version)  # fmt: skip

@@ -214,7 +214,7 @@ def test_source_ranges_have_an_asker_on_either_side() -> None:
 
 def test_elements_from_the_kernel_decide_what_is_met() -> None:
     state = stepped(web(), behind(LOCAL))
-    elements = {**state.elements(), SETS[4].endpoints[1]: {}}
+    elements = {**state.elements(), SETS[4].endpoints: {}}
     found = explain(state, "10.96.0.10:80", elements=elements)
     assert found.from_kernel
     assert found.answering is not None

@@ -193,7 +193,7 @@ OURS: dict[str, tuple[str, set[str]]] = {
 
 def exercise(metrics: Recorder) -> None:
     metrics.told([Upsert(service()), Upsert(piece()), Synced()], time.monotonic())
-    metrics.programmed(step({SETS[4].endpoints[4]: 2}), 0.01, 0.001)
+    metrics.programmed(step({SETS[4].endpoints: 2}), 0.01, 0.001)
     metrics.has_rules([build(Layout(4)), build(Layout(6))])
     metrics.failed()
     metrics.repaired()
@@ -277,14 +277,14 @@ def test_changes_are_pending_until_they_are_programmed(metrics: Metrics) -> None
 
 
 def test_elements_are_carried_along(metrics: Metrics) -> None:
-    four, six = SETS[4].endpoints[4], SETS[6].endpoints[4]
+    four, six = SETS[4].endpoints, SETS[6].endpoints
     metrics.programmed(step({four: 5, six: 1}), 0.002, 0.001)
     metrics.programmed(step({four: 1}, {four: 3}), 0.002, 0.001)
-    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints-4") == 3
-    assert value(metrics, "sliceproxy_elements", family="IPv6", map="endpoints-4") == 1
+    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints") == 3
+    assert value(metrics, "sliceproxy_elements", family="IPv6", map="endpoints") == 1
     operations = "sliceproxy_element_operations_total"
-    assert value(metrics, operations, operation="add", map="endpoints-4") == 7
-    assert value(metrics, operations, operation="delete", map="endpoints-4") == 3
+    assert value(metrics, operations, operation="add", map="endpoints") == 7
+    assert value(metrics, operations, operation="delete", map="endpoints") == 3
     assert value(metrics, f"{SYNC}duration_seconds_count", ip_family="IPv4") == 2
     assert value(metrics, f"{SYNC}duration_seconds_count", ip_family="IPv6") == 1
     partial = "kubeproxy_sync_partial_proxy_rules_duration_seconds_count"
@@ -293,18 +293,18 @@ def test_elements_are_carried_along(metrics: Metrics) -> None:
 
 
 def test_a_full_sync_counts_anew(metrics: Metrics) -> None:
-    four, ips = SETS[4].endpoints[4], SETS[4].service_ips
+    four, ips = SETS[4].endpoints, SETS[4].service_ips
     metrics.programmed(step({four: 5}), 0.002, 0.001)
     counts = Counter({four: 9, ips: 2})
     metrics.programmed(step({ips: 1}), 0.002, 0.001, elements=counts)
-    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints-4") == 9
+    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints") == 9
     assert value(metrics, "sliceproxy_elements", family="IPv4", map="service-ips") == 2
     full = "kubeproxy_sync_full_proxy_rules_duration_seconds_count"
     assert value(metrics, full, ip_family="IPv4") == 1
     metrics.programmed(step({ips: 1}), 0.002, 0.001)
     assert counts == {four: 9, ips: 2}  # not ours to change
     metrics.programmed(NOTHING, 0.002, 0, elements={four: 1})
-    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints-4") == 1
+    assert value(metrics, "sliceproxy_elements", family="IPv4", map="endpoints") == 1
 
 
 def test_a_table_that_changes_touches_its_family(metrics: Metrics) -> None:
@@ -442,7 +442,7 @@ def test_importing_does_not_load_prometheus_client() -> None:
 def test_recording_costs_microseconds_however_many_elements_there_are(metrics: Metrics) -> None:
     sets = [s for f in (4, 6) for s in SETS[f].always]
     metrics.programmed(NOTHING, 0, 0, elements=dict.fromkeys(sets, 1_000_000))
-    one = step({SETS[4].endpoints[4]: 1}, {SETS[4].endpoints[4]: 1})
+    one = step({SETS[4].endpoints: 1}, {SETS[4].endpoints: 1})
     event = [Upsert(piece())]
     began = time.perf_counter()
     for _ in range(1000):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rules.slots import DRAWS, LADDER, MAX_ENDPOINTS, assign, fewest, fitting
-from rules.tables import INSIDE_OFFSET, Layout, balancer, build
+from rules.tables import Layout, balancer, build
 
 deterministic = settings(derandomize=True, deadline=None, database=None)
 
@@ -105,7 +105,6 @@ def test_more_endpoints_than_slots_are_cut_off():
     wanted = [target(n) for n in range(MAX_ENDPOINTS + 3)]
     assert len(assign((), wanted)) == MAX_ENDPOINTS
     assert len(assign((X,), wanted)) == MAX_ENDPOINTS
-    assert INSIDE_OFFSET >= MAX_ENDPOINTS, "the lists of one address must not overlap"
 
 
 # --- widths --------------------------------------------------------------------------------------
@@ -193,11 +192,11 @@ def test_a_slot_gets_no_less_than_the_documented_share(width):
 
 @pytest.mark.parametrize("width", [w for w in LADDER if w <= 1024])
 def test_the_worst_share_is_the_documented_one(width):
-    """9.5 % less than an even share, in a width that is about to be left."""
+    """13.2 % less than an even share, in a width that is about to be left."""
     for count in range(fewest(width), width + 1):
         # with as many as `fewest` there is no slot beyond it, so all are alike
         if count > fewest(width):
-            assert shares(count, width)[1] * count >= 1 - (5 / 8) ** DRAWS
+            assert shares(count, width)[1] * count >= 1 - (2 / 3) ** DRAWS
 
 
 @settings(deterministic, max_examples=20)
@@ -208,7 +207,8 @@ def test_the_rules_draw_as_often_as_documented(width, node_port, inside):
     moduli = [
         field.modulus
         for rule in chains[name].rules
-        for statement in rule.statements
+        if hasattr(rule.statements[-1], "chain")  # else it marks
+        for statement in chains[rule.statements[-1].chain].rules[0].statements
         for field in getattr(statement, "fields", ())
         if field.modulus
     ]
