@@ -359,7 +359,7 @@ def many(name: str, cluster_ip: str, octet: int) -> list[dict[str, Any]]:
 
 @needs_nft
 def test_a_map_that_is_full_is_made_anew_with_more_room(world: World, place: Path) -> None:
-    """A width's map with 5,000 elements has room for 7,500, and 10,000 come."""
+    """A map with 5,002 elements has room for half as many again, and 5,000 come."""
 
     def room() -> int:
         described = nft(world, "-t", "list", "map", "ip", "sliceproxy", "endpoints").stdout
@@ -369,14 +369,14 @@ def test_a_map_that_is_full_is_made_anew_with_more_room(world: World, place: Pat
     write(place, *documents(1, 2), *one)
     with Agent(world, place) as agent:
         agent.wait("programmed")
-        assert room() == 7500
+        assert room() == 7503
         with Connections(world, "pod-3", VIP, PORT) as connections:
             first = len(agent.lines)
             write(place, *documents(1, 2), *one, *two)
             line = agent.wait("programmed", since=first)
         assert agent.wait("a map is full; its table is made anew")["map"].endswith("endpoints")
         assert line["tables_changed"] == 2
-        assert room() == 15_000
+        assert room() == 15_003
         assert set(connections.outcomes) == {"answered"}
         agent.kill()
         first = agent.restart()
