@@ -383,14 +383,11 @@ class State:
             self.programs.pop(name, None)
         else:
             self.programs[name] = new
-        if old is NOTHING:
-            touched = {*new.wanted}
-        else:
-            touched = {
-                claim
-                for claim in {**old.wanted, **new.wanted}
-                if old.wanted.get(claim) != new.wanted.get(claim)
-            }
+        touched = {
+            claim
+            for claim in {**old.wanted, **new.wanted}
+            if old.wanted.get(claim) != new.wanted.get(claim)
+        }
         for claim in touched:
             if (claim in old.wanted) != (claim in new.wanted):
                 self._claim(claim, name, wants=claim in new.wanted)

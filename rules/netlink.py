@@ -367,7 +367,7 @@ def rule_body(table: str, chain: str, described: Rule, family: int) -> bytes:
     return body
 
 
-@lru_cache(maxsize=16)  # the draws of a chain are alike, one after the other
+@lru_cache(maxsize=16)  # a chain jumps to its draw several times
 def _expressions(statements: tuple[Statement, ...], family: int) -> bytes:
     return nest(4, *(e for s in statements for e in _statement(s, family)))
 

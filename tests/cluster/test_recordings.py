@@ -14,16 +14,10 @@ from agent.sources.reflector import Ask, Reflector, Timing, resources
 from agent.state import State
 from rules.objects import decode_any
 from rules.slots import fitting
-from rules.tables import SETS
+from tests.cluster.cluster import ENDPOINT_MAPS
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 SERVICES, SLICES, NODE, CIDRS = resources("node-1")
-ENDPOINTS = {
-    sets.endpoint_map(node_port=node_port, inside=inside)
-    for sets in SETS.values()
-    for node_port in (False, True)
-    for inside in (False, True)
-}
 HERE = NodeAddresses(frozenset({b"\xac\x1f\x00\x02"}), (b"\xac\x1f\x00\x02",))
 
 
@@ -63,7 +57,7 @@ def elements(state: State, *, widths: bool = True) -> dict[object, object]:
     lists: dict[object, set[object]] = {}
     for owner, items in state.elements().items():
         for key, value in items.items():
-            if owner in ENDPOINTS:
+            if owner in ENDPOINT_MAPS:
                 lists.setdefault((owner, key[:-4]), set()).add(value)
             elif not widths and isinstance(value, str):
                 found[owner, key] = re.sub(r"lb-\d+$", "lb", value)

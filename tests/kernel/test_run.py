@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def until(condition: Callable[[], bool]) -> float:
     while not condition():
         assert time.monotonic() - started < PATIENCE
     return time.monotonic() - started
+
+
+def skip_unless_owned(agent: Agent) -> None:
+    if not agent.wait("started")["owns_tables"]:
+        pytest.skip("this kernel has no owned tables (Linux 6.9)")
 
 
 class Notifications:
@@ -150,8 +156,7 @@ def test_sigterm_leaves_the_tables_and_cleanup_removes_them(world: World, place:
 @needs_nft
 def test_an_owned_table_outlives_flushes_and_refuses_changes(world: World, place: Path) -> None:
     with Agent(world, place) as agent:
-        if not agent.wait("started")["owns_tables"]:
-            pytest.skip("this kernel has no owned tables (Linux 6.9)")
+        skip_unless_owned(agent)
         agent.wait("programmed")
         with Connections(world, "pod-3", VIP, PORT) as connections:
             assert nft(world, "flush", "ruleset").returncode == 0
@@ -222,39 +227,40 @@ def test_changes_of_other_tables_do_not_disturb(world: World, place: Path) -> No
         assert not any(line["event"] == "verified" for line in agent.lines[first:])
 
 
-def test_a_second_agent_waits_and_takes_over_without_a_gap(world: World, place: Path) -> None:
+@contextmanager
+def owner_and_waiting(world: World, place: Path) -> Iterator[tuple[Agent, Agent]]:
+    """An agent that has programmed and owns the tables, and a second one that waits for them."""
     with Agent(world, place) as one:
-        if not one.wait("started")["owns_tables"]:
-            pytest.skip("this kernel has no owned tables (Linux 6.9)")
+        skip_unless_owned(one)
         one.wait("programmed")
         with Agent(world, place) as two:
             two.wait("waiting for the tables' owner to go")
-            with Connections(world, "pod-3", VIP, PORT) as connections:
-                one.kill()
-                line = two.wait("verified")
-            assert (line["added"], line["removed"]) == (0, 0)
-            assert two.wait("read ahead")["used"]
-            assert set(connections.outcomes) == {"answered"}
-            first = len(two.lines)
-            write(place, *documents(1))
-            two.wait("programmed", since=first)
+            yield one, two
+
+
+def test_a_second_agent_waits_and_takes_over_without_a_gap(world: World, place: Path) -> None:
+    with owner_and_waiting(world, place) as (one, two):
+        with Connections(world, "pod-3", VIP, PORT) as connections:
+            one.kill()
+            line = two.wait("verified")
+        assert (line["added"], line["removed"]) == (0, 0)
+        assert two.wait("read ahead")["used"]
+        assert set(connections.outcomes) == {"answered"}
+        first = len(two.lines)
+        write(place, *documents(1))
+        two.wait("programmed", since=first)
 
 
 def test_what_the_owner_does_while_a_second_agent_waits_is_seen(world: World, place: Path) -> None:
-    with Agent(world, place) as one:
-        if not one.wait("started")["owns_tables"]:
-            pytest.skip("this kernel has no owned tables (Linux 6.9)")
-        one.wait("programmed")
-        with Agent(world, place) as two:
-            two.wait("waiting for the tables' owner to go")
-            first = len(one.lines)
-            write(place, *documents(1, 2, 3))
-            one.wait("programmed", since=first)
-            assert [line["event"] for line in two.lines if "added" in line] == []
-            one.kill()
-            line = two.wait("verified")
-            assert (line["added"], line["removed"]) == (0, 0)
-            assert not two.wait("read ahead")["used"]
+    with owner_and_waiting(world, place) as (one, two):
+        first = len(one.lines)
+        write(place, *documents(1, 2, 3))
+        one.wait("programmed", since=first)
+        assert [line["event"] for line in two.lines if "added" in line] == []
+        one.kill()
+        line = two.wait("verified")
+        assert (line["added"], line["removed"]) == (0, 0)
+        assert not two.wait("read ahead")["used"]
 
 
 @needs_nft
@@ -284,8 +290,7 @@ def test_switching_ownership_keeps_services_up(world: World, place: Path) -> Non
     """The table must be made anew for that, in one transaction."""
     with Agent(world, place) as agent:
         agent.wait("programmed")
-        if not agent.wait("started")["owns_tables"]:
-            pytest.skip("this kernel has no owned tables (Linux 6.9)")
+        skip_unless_owned(agent)
     with Connections(world, "pod-3", VIP, PORT) as connections:
         for flags in (("--no-own",), ()):
             with Agent(world, place, *flags) as agent:
