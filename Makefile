@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test lint bench clean
 
 demo: .venv
-	$(BIN)/sliceproxy demo
+	$(BIN)/python -m lab
 
 test: .venv/tests-ready
 	tools/need-test-tools

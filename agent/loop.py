@@ -7,7 +7,7 @@ delay: an idle node programs a change at once, a busy one in larger batches.
 The loop trusts its memory of what it wrote, until something says that it should not: the kernel
 refuses a transaction as stale, or a `Watcher` saw somebody else change the tables. Then it reads
 everything back, keeps the slots it finds, and writes the difference. At a start it does the same;
-what there is has been read ahead by then, see `agent.readahead`.
+what there is has been read ahead by then, see `agent.kernel.readahead`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from typing import NamedTuple
 
 import structlog
 
-from agent.conntrack import Flows
-from agent.events import Event, Synced
-from agent.health import HealthCheck, Heartbeat
-from agent.kernel import Full, Kernel, KernelError, OwnedByOther, Stale, Watcher
-from agent.metrics import Recorder
-from agent.readahead import ReadAhead, read_now
-from agent.state import KernelView, State
-from rules.conntrack import Serving
+from agent.kernel.conntrack import Flows
+from agent.kernel.readahead import ReadAhead, read_now
+from agent.kernel.tables import Full, Kernel, KernelError, OwnedByOther, Stale, Watcher
+from agent.serve.health import Heartbeat
+from agent.serve.metrics import Recorder
 from rules.diff import Change
+from rules.events import Event, Synced
+from rules.health_check import HealthCheck
 from rules.language import Table
 from rules.objects import Name
 from rules.program import Claim
+from rules.stale_flows import Serving
+from rules.state import KernelView, State
 from rules.tables import FAMILIES
 from rules.transaction import Transaction, commands
 

@@ -17,17 +17,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
-from agent import __version__, addresses, kube_proxy, log
-from agent.config_file import ConfigFile, Settings
+from agent import __version__, log
+from agent.config.file import ConfigFile, Settings
 from agent.deferred import load
-from agent.events import Event
-from agent.health import HealthServers, Heartbeat
-from agent.kernel import Kernel, KernelError
+from agent.kernel import addresses, kube_proxy
+from agent.kernel.readahead import read_ahead
+from agent.kernel.sysctl import configure
+from agent.kernel.tables import Kernel, KernelError
 from agent.loop import Failed, Loop, Observers, Stop
-from agent.metrics import Metrics, MetricsServer, Recorder
-from agent.readahead import read_ahead
-from agent.state import State
-from agent.sysctl import configure
+from agent.serve.health import HealthServers, Heartbeat
+from agent.serve.metrics import Metrics, MetricsServer, Recorder
+from rules.events import Event
+from rules.state import State
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -102,8 +103,8 @@ def _source(
     recorder: Recorder,
 ) -> Source:
     if places:
-        from agent.sources.manifests import Follower as Manifests
-        from agent.sources.manifests import ManifestError
+        from agent.sources.manifests.follower import Follower as Manifests
+        from agent.sources.manifests.follower import ManifestError
 
         try:
             return Manifests(places, put, logger)
@@ -111,8 +112,8 @@ def _source(
             raise CannotRun(str(error)) from None
     # urllib3 wants to know the version of what it needs for HTTP/2, if asked for that
     load(["urllib3"], {"importlib.metadata": ("version",)})
-    from agent.sources.kubernetes import ConnectError, connect
-    from agent.sources.kubernetes import Follower as Kubernetes
+    from agent.sources.kubernetes.follower import ConnectError, connect
+    from agent.sources.kubernetes.follower import Follower as Kubernetes
 
     try:
         connection = connect(settings.kubeconfig, settings.context, settings.server)

@@ -29,8 +29,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from agent.kernel import Kernel
-from agent.world import World
+from agent.kernel.tables import Kernel
 from bench.like_kube_proxy import ruleset
 from bench.measure import Setting
 from bench.objects import (
@@ -44,6 +43,7 @@ from bench.objects import (
 from bench.process import HOST
 from bench.results import Results, metric, say, yardstick
 from bench.server import Prepared
+from lab.world import World
 from rules.language import Base, Chain, Final, Hook, Is, Status, rule
 from rules.netlink import Batch
 

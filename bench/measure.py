@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from agent.world import World
 from bench.objects import PER_SLICE, PORT, Cluster, Size, generation
 from bench.process import (
     HOST,
@@ -25,6 +24,7 @@ from bench.process import (
 )
 from bench.results import Results, metric, say, yardstick
 from bench.server import Prepared, Server, chunk
+from lab.world import World
 
 SETTLE_SECONDS = 1.0
 PAUSE_SECONDS = 0.004

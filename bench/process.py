@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.kernel import Kernel
-from agent.world import World
+from agent.kernel.tables import Kernel
+from lab.world import World
 
 ROOT = Path(__file__).parent.parent
 HOST = "node"
@@ -106,7 +106,7 @@ class Process:
 
 
 def agent_command(url: str, *flags: str) -> list[str]:
-    command = [sys.executable, "-m", "agent.cli", "run", "--server", url, "--node", "node-1"]
+    command = [sys.executable, "-m", "agent", "run", "--server", url, "--node", "node-1"]
     return [*command, *flags]
 
 

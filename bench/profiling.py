@@ -19,23 +19,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent.config import options
-from agent.events import Event, NodeAddresses
-from agent.kernel import Kernel
+from agent.config.options import options
+from agent.kernel.tables import Kernel
 from agent.loop import reader
-from agent.sources.reflector import Reflector, resources
-from agent.state import State
-from agent.world import World
+from agent.sources.kubernetes.reflector import Reflector, resources
 from bench.objects import KINDS, NODE, Cluster, Size, bookmark, event, generation
 from bench.process import HOST, ROOT
 from bench.results import say
+from lab.world import World
+from rules.events import Event, NodeAddresses
+from rules.state import State
 from rules.transaction import Transaction, encode
 
 T = TypeVar("T")
 TOP = 14
 _IMPORTS = (
-    "import agent.cli, agent.run, agent.metrics; from agent.sources.kubernetes import connect; "
-    "agent.metrics.Metrics(''); connect(server='https://127.0.0.1:6443')"
+    "import agent.cli.main, agent.run, agent.serve.metrics; "
+    "from agent.sources.kubernetes.follower import connect; "
+    "agent.serve.metrics.Metrics(''); connect(server='https://127.0.0.1:6443')"
 )
 
 

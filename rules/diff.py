@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from rules.conntrack import Serving, must_look
 from rules.language import Set
-from rules.nft import Element, Key, Value
 from rules.program import Claim, Owned, Wanted
 from rules.selection import Target
 from rules.slots import LADDER, Slots, assign, fitting
+from rules.stale_flows import Serving, must_look
 from rules.tables import PLAIN, SETS, balancer, width_of
+from rules.text import Element, Key, Value
 
 
 class Change:

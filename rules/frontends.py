@@ -8,7 +8,7 @@
 
 Every frontend is a *claim* on a key of one verdict map. Two frontends with one key cannot both
 have it: within a Service the first of the table's order wins, between Services the older one
-(`agent.state` keeps the claims).
+(`rules.state` keeps the claims).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from rules.language import (
     Translate,
     Unmark,
 )
-from rules.nft import Element, Key, Value
+from rules.text import Element, Key, Value
 
 NESTED = 0x8000
 TYPE_MASK = 0x3FFF

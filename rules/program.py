@@ -16,7 +16,6 @@ import msgspec
 
 from rules.frontends import Frontend, Kind, frontends
 from rules.language import Set
-from rules.nft import Key, Value
 from rules.objects import UDP, Address, Endpoint, EndpointSlice, Service
 from rules.selection import (
     Place,
@@ -28,6 +27,7 @@ from rules.selection import (
     serving,
 )
 from rules.tables import CLUSTER, MASQUERADE, PLAIN, SETS, remember
+from rules.text import Key, Value
 
 _T = TypeVar("_T")
 
@@ -226,3 +226,20 @@ def _remembered(service: Service, frontend: Frontend) -> Owned:
     sets = SETS[frontend.family]
     owner = sets.sticky_ips if frontend.address else sets.sticky_nodeports
     return owner, frontend.key, remember(service.affinity_seconds)
+
+
+def no_local_endpoints(program: Program) -> frozenset[tuple[int, str, str, int]]:
+    """The ports of a Service with traffic policy Local for which this node has nothing, though
+    there are endpoints elsewhere: family, policy, port name, protocol."""
+    return frozenset(
+        (
+            wanted.frontend.family,
+            "external" if wanted.frontend.external else "internal",
+            wanted.frontend.service_port.name,
+            wanted.frontend.protocol,
+        )
+        for wanted in program.wanted.values()
+        if wanted.frontend.local
+        and not wanted.endpoints
+        and any(owner.name.startswith("drop-") for owner, _, _ in wanted.elements)
+    )

@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from rules import nft
+from rules import text as nft
 from rules.language import (
     Base,
     Chain,
@@ -62,9 +62,9 @@ from rules.language import (
     Translate,
     Unmark,
 )
-from rules.nft import Key, Value
 from rules.objects import Address, address_text
 from rules.selection import Target
+from rules.text import Key, Value
 
 Elements = Mapping[Set, Mapping[Key, Value]]
 """The elements of each set, as `State.elements` computes and `Kernel.read` reads them."""

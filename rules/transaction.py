@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from rules import nft
+from rules import text as nft
 from rules.diff import Change
 from rules.language import FAMILY_NAME, Chain, Set, Table
 from rules.netlink import Batch

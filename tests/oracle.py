@@ -20,9 +20,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from agent.config import DetectLocalMode, Options
-from agent.events import NodeAddresses
 from rules.diff import Elements
+from rules.events import NodeAddresses
 from rules.objects import (
     READY,
     SERVING,
@@ -35,6 +34,7 @@ from rules.objects import (
     ServiceCIDR,
     ServicePort,
 )
+from rules.options import DetectLocalMode, Options
 
 FAMILIES = (4, 6)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from agent import cli
-from agent.sources import kubernetes
-from agent.sources.reflector import Timing
+from agent.cli import main as cli
+from agent.sources.kubernetes import follower as kubernetes
+from agent.sources.kubernetes.reflector import Timing
 
 FAST = partial(
     Timing,

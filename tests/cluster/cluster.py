@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 from pyroute2 import IPRoute
 
-from agent import addresses
-from agent.config import Options
-from agent.events import Event, Upsert
-from agent.kernel import Kernel
-from agent.state import State
-from agent.world import World
+from agent.kernel import addresses
+from agent.kernel.tables import Kernel
+from lab.world import World
 from rules.diff import Change, Elements, Lists, between, install, restored
+from rules.events import Event, Upsert
 from rules.objects import decode
+from rules.options import Options
+from rules.state import State
 from rules.tables import FAMILIES, SETS
 from rules.transaction import table_change
 from tests.cluster.apiserver import KINDS, ApiServer, Document, Key

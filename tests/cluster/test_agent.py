@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from agent.world import World
+from lab.world import World
 from tests.cluster.cluster import (
     AWAY,
     BACK,
@@ -67,7 +67,7 @@ def followed(cluster: Cluster) -> Iterator[Cluster]:
 # --- starts and changes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["agent.cli", FAST], ids=["500 a page", "3 a page"])
+@pytest.mark.parametrize("module", ["agent", FAST], ids=["500 a page", "3 a page"])
 @pytest.mark.parametrize("streaming", [True, False], ids=["streamed", "listed"])
 def test_a_start_programs_all_there_is_in_one_transaction(
     cluster: Cluster, streaming: bool, module: str
@@ -297,7 +297,7 @@ def test_a_new_list_of_what_is_known_writes_nothing(followed: Cluster) -> None:
 
 
 @pytest.mark.parametrize("state", ["watching", "silent", "down"])
-@pytest.mark.parametrize("module", ["agent.cli", FAST], ids=["usual timing", "fast"])
+@pytest.mark.parametrize("module", ["agent", FAST], ids=["usual timing", "fast"])
 def test_sigterm_ends_it_at_once_whatever_the_server_does(
     cluster: Cluster, module: str, state: str
 ) -> None:

@@ -20,10 +20,10 @@ import structlog
 import yaml
 from structlog.testing import LogCapture
 
-from agent.events import Delete, Event, Synced, Upsert
-from agent.sources import kubernetes
-from agent.sources.kubernetes import ConnectError, Connection, Follower, connect
-from agent.sources.reflector import Timing
+from agent.sources.kubernetes import follower as kubernetes
+from agent.sources.kubernetes.follower import ConnectError, Connection, Follower, connect
+from agent.sources.kubernetes.reflector import Timing
+from rules.events import Delete, Event, Synced, Upsert
 from rules.objects import Name, Object
 from tests.cluster.apiserver import ApiServer
 from tests.manifest import endpoint, service_document, slice_document
@@ -718,8 +718,8 @@ import re, sys, threading, time
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 import structlog
-from agent.events import Synced
-from agent.sources.kubernetes import Follower, connect
+from rules.events import Synced
+from agent.sources.kubernetes.follower import Follower, connect
 before, began = peak(), time.perf_counter()
 connection = connect(server=sys.argv[1])
 connected, loaded = peak(), time.perf_counter()
@@ -762,7 +762,7 @@ def test_five_thousand_services(streaming: bool, capsys: pytest.CaptureFixture[s
 
 def test_importing_is_cheap() -> None:
     code = (
-        "import sys, json; import agent.sources.kubernetes;"
+        "import sys, json; import agent.sources.kubernetes.follower;"
         "print(json.dumps([m for m in sys.modules if m.split('.')[0] == 'kubernetes']))"
     )
     done = subprocess.run(
@@ -773,4 +773,4 @@ def test_importing_is_cheap() -> None:
         cwd=Path(__file__).parents[2],
     )
     assert json.loads(done.stdout) == []
-    assert kubernetes.__name__ == "agent.sources.kubernetes"
+    assert kubernetes.__name__ == "agent.sources.kubernetes.follower"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Options
-from agent.events import NodeAddresses, Upsert
-from agent.sources.reflector import Ask, Reflector, Timing, resources
-from agent.state import State
+from agent.sources.kubernetes.reflector import Ask, Reflector, Timing, resources
+from rules.events import NodeAddresses, Upsert
 from rules.objects import decode_any
+from rules.options import Options
 from rules.slots import fitting
+from rules.state import State
 from tests.cluster.cluster import ENDPOINT_MAPS
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"

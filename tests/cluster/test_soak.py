@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from agent.world import World
+from lab.world import World
 from tests.cluster.apiserver import ApiServer, Document
 from tests.cluster.cluster import FabricServer, Mirror, cidr_document, errors, node_document
 from tests.kernel.agent import Agent

@@ -1,7 +1,7 @@
 """The image, built from our Dockerfile, and a world whose node is a container's network namespace.
 
 An engine's own networks are of no use here: the tests want a node with pods behind it and clients
-in front of it, as `agent.world` builds them. So a first container of the image, the *holder*, does
+in front of it, as `lab.world` builds them. So a first container of the image, the *holder*, does
 nothing but hold a network namespace of its own, as a pod's sandbox does; the world is built around
 that namespace; and the agent runs in further containers that join it. They come and go as pods of
 a DaemonSet do, and the namespace stays.
@@ -28,8 +28,8 @@ import pytest
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 
-from agent import world as worlds
-from agent.world import Host, World
+from lab import world as worlds
+from lab.world import Host, World
 
 ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "trixie"

@@ -22,9 +22,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from agent.kernel import Kernel
-from agent.kube_proxy import find, remove
-from agent.world import World
+from agent.kernel.kube_proxy import find, remove
+from agent.kernel.tables import Kernel
+from lab.world import World
 from rules.tables import FAMILIES
 from tests.cluster.apiserver import ApiServer
 from tests.container.conftest import ROOT, Node, Running
@@ -138,7 +138,7 @@ client.ApiClient(client.Configuration())
 """
     code, said = node.once("-I", "-c", program, entrypoint=["/usr/bin/python3"])
     assert code == 0, said
-    for module in ("agent.loop", "agent.sources.manifests", "rules.netlink"):
+    for module in ("agent.loop", "agent.sources.manifests.follower", "rules.netlink"):
         assert module in said.split()
 
 

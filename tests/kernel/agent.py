@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from agent.world import Answer, World
+from lab.world import Answer, World
 
 PATIENCE = 20.0  # seconds until a test gives up waiting for something that should come
 
@@ -32,7 +32,7 @@ class Agent:
         place: Path | None,
         *flags: str,
         host: str = "node",
-        module: str = "agent.cli",
+        module: str = "agent",
     ) -> None:
         source = ("--from", str(place)) if place else ()
         self._arguments = (world, module, (*source, *flags), host)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
-from agent.config import options
-from agent.world import Answer, World
+from agent.config.options import options
+from lab.world import Answer, World
 from rules.objects import EndpointSlice, Service
 from tests import manifest
 from tests.kernel.proxy import Proxy

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-from agent.config import Options
-from agent.events import Delete, Event, Upsert
-from agent.kernel import Kernel
+from agent.kernel.tables import Kernel
 from agent.loop import reader
-from agent.state import State
-from agent.world import World
+from lab.world import World
 from rules.diff import Elements, between
+from rules.events import Delete, Event, Upsert
 from rules.objects import Object
+from rules.options import Options
+from rules.state import State
 from rules.tables import FAMILIES
 from rules.transaction import Transaction, table_change
 

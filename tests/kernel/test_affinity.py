@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.world import World
+from lab.world import World
 from rules.objects import Service
 from rules.tables import AFFINITY_SIZE, SETS, remember
 from tests import manifest

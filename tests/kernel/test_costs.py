@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.config import options
-from agent.world import World
+from agent.config.options import options
+from lab.world import World
 from rules import netlink
 from rules.objects import EndpointSlice, Object
 from rules.slots import fitting

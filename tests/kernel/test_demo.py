@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from pyroute2 import netns
 
-from agent import demo, stage
-from agent.demo import DemoError, Question
-from agent.stage import Interrupted, Interrupts
+from lab import demo, stage
+from lab.demo import DemoError, Question
+from lab.stage import Interrupted, Interrupts
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
 
@@ -33,7 +33,7 @@ def playing(
 ) -> Iterator[subprocess.Popen[str]]:
     """The demo as a process that keeps its files in tmp_path; fails if it leaves anything."""
     with subprocess.Popen(
-        [*before, sys.executable, "-m", "agent.cli", "demo", "--plain"],
+        [*before, sys.executable, "-m", "agent", "demo", "--plain"],
         cwd=tmp_path,
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stdin=subprocess.DEVNULL,
@@ -155,8 +155,8 @@ def test_without_root_it_says_what_is_needed(monkeypatch):
         def unshare(self, _flags):
             return -1
 
-    monkeypatch.setattr("agent.world._libc", _Unprivileged())
-    monkeypatch.setattr("agent.world.ctypes.get_errno", lambda: errno.EPERM)
+    monkeypatch.setattr("lab.world._libc", _Unprivileged())
+    monkeypatch.setattr("lab.world.ctypes.get_errno", lambda: errno.EPERM)
     with pytest.raises(DemoError, match=r"^the demo needs root, .*: sudo sliceproxy demo$"):
         demo.run(plain=True)
 

@@ -33,16 +33,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from agent.config import DetectLocalMode, Options
-from agent.events import Delete, Event, NodeAddresses, Upsert
-from agent.kernel import Found
-from agent.state import State
-from agent.world import World
+from agent.kernel.tables import Found
+from lab.world import World
 from rules.diff import Elements, between
+from rules.events import Delete, Event, NodeAddresses, Upsert
 from rules.language import Set, Table
 from rules.netlink import attributes
 from rules.objects import EndpointSlice, Name, Node, Service, ServiceCIDR, parse_network
+from rules.options import DetectLocalMode, Options
 from rules.slots import LADDER, fewest
+from rules.state import State
 from rules.tables import FAMILIES
 from rules.transaction import Transaction, table_change
 from tests import manifest, oracle

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from agent.config import Options
-from agent.events import Delete, Event, Upsert
-from agent.world import World
-from rules import nft
+from lab.world import World
+from rules import text as nft
+from rules.events import Delete, Event, Upsert
 from rules.objects import InvalidObject, Name, Object, Service, decode_any
+from rules.options import Options
 from rules.tables import SETS
 from rules.transaction import commands, encode
 from tests import manifest, oracle

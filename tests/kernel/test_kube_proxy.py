@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
-from agent.kernel import Kernel
-from agent.kube_proxy import Removal, find, is_kube_proxys, legacy_command, remove
-from agent.world import World
+from agent.kernel.kube_proxy import Removal, find, is_kube_proxys, legacy_command, remove
+from agent.kernel.tables import Kernel
+from lab.world import World
 from rules.objects import EndpointSlice, Service
 from tests.kernel.agent import Connections
 from tests.kernel.proxy import Proxy

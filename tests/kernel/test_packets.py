@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from pyroute2 import IPRoute
 
-from agent.addresses import read as read_addresses
-from agent.world import World
+from agent.kernel.addresses import read as read_addresses
+from lab.world import World
 from rules.frontends import destination_key
 from rules.objects import PROXY_NAME_LABEL, SCTP, decode
 from rules.tables import SETS, balancer

@@ -10,14 +10,14 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from agent import readahead
-from agent.kernel import Kernel, OwnedByOther, Refused
+from agent.kernel import readahead
+from agent.kernel.readahead import ReadAhead, read_ahead
+from agent.kernel.tables import Kernel, OwnedByOther, Refused
 from agent.loop import reader
-from agent.readahead import ReadAhead, read_ahead
-from agent.world import World
+from lab.world import World
 from rules.netlink import Batch
-from rules.nft import Key
 from rules.tables import FAMILIES, SETS, TABLE
+from rules.text import Key
 from tests.kernel.proxy import Proxy
 from tests.manifest import endpoint, endpoint_slice, service
 

@@ -50,13 +50,13 @@ OPTIONS = {
 
 def sliceproxy(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "agent.cli", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "agent", *arguments], capture_output=True, text=True, check=False
     )
 
 
 def programmed_by_the_agent(options: list[str]) -> dict[str, str]:
     """What each nft lists after the agent has programmed this namespace."""
-    command = [sys.executable, "-m", "agent.cli", "run", "--no-own", *options]
+    command = [sys.executable, "-m", "agent", "run", "--no-own", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as agent:
         assert agent.stderr
         lines = iter(agent.stderr)
@@ -175,7 +175,7 @@ def test_diff_of_an_empty_kernel_is_the_whole_ruleset_and_then_nothing() -> None
 
 
 def test_rendering_needs_no_privilege() -> None:
-    command = [sys.executable, "-m", "agent.cli", "render", *EVERYTHING, *NODE]
+    command = [sys.executable, "-m", "agent", "render", *EVERYTHING, *NODE]
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--reuid=65534", "--clear-groups"]
     if not shutil.which("setpriv"):
         pytest.skip("needs setpriv")

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from agent.kernel import Kernel
-from agent.world import World
+from agent.kernel.tables import Kernel
+from lab.world import World
 from rules import netlink
 from rules.tables import SETS
 from tests.kernel.agent import PATIENCE, Agent, Connections, write
@@ -147,7 +147,7 @@ def test_sigterm_leaves_the_tables_and_cleanup_removes_them(world: World, place:
         agent.wait("programmed")
         assert agent.terminate() == 0
         assert answers(world)
-    command = [sys.executable, "-m", "agent.cli", "cleanup"]
+    command = [sys.executable, "-m", "agent", "cleanup"]
     cleanup = world.popen("node", command, stdout=subprocess.PIPE, text=True)
     assert cleanup.communicate(timeout=PATIENCE)[0] == "tables removed\n"
     assert not answers(world)

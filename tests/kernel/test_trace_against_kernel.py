@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import pytest
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
-from agent.config import Options, options
-from agent.events import NodeAddresses
-from agent.world import World
+from agent.config.options import options
+from lab.world import World
+from rules.events import NodeAddresses
 from rules.objects import TCP, UDP, Object, parse_address
+from rules.options import Options
 from rules.tables import FAMILIES, SETS
 from rules.trace import Elements, End, Masquerade, Packet, Trace, Way, trace
 from tests.kernel.proxy import Proxy

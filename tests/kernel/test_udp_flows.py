@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from agent.conntrack import Conntrack, decode
-from agent.state import State
-from agent.sysctl import ConntrackSettings, apply
-from agent.world import World
-from rules.conntrack import Flow
+from agent.kernel.conntrack import Conntrack, decode
+from agent.kernel.sysctl import ConntrackSettings, apply
+from lab.world import World
 from rules.netlink import attributes
 from rules.objects import EndpointSlice, Service
+from rules.stale_flows import Flow
+from rules.state import State
 from rules.transaction import Transaction
 from tests.kernel.agent import Agent, write
 from tests.kernel.proxy import Proxy

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute, netns
 
-from agent.world import BOTH_FAMILIES, World, WorldError
+from lab.world import BOTH_FAMILIES, World, WorldError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
 
@@ -317,7 +317,7 @@ def test_the_world_of_a_killed_process_is_removed_by_the_next(leaves_nothing):
     # A prefix of this test's own: the same test in another process would remove it first.
     prefix = f"sliceproxy-killed{os.getpid()}"
     code = (
-        "import os, signal; from agent.world import World\n"
+        "import os, signal; from lab.world import World\n"
         f"World(pods=1, remotes=0, prefix={prefix!r}).__enter__()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -334,7 +334,7 @@ def test_the_world_of_a_killed_process_is_removed_by_the_next(leaves_nothing):
 def test_ctrl_c_at_any_moment_leaves_nothing():
     # A shell starts its background jobs with SIGINT ignored, and these would inherit that.
     code = (
-        "import signal; from agent.world import World\n"
+        "import signal; from lab.world import World\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('ready', flush=True)\n"
         "while True:\n"
@@ -367,8 +367,8 @@ def test_without_root_the_error_says_what_is_needed(leaves_nothing, monkeypatch)
         def unshare(self, _flags):
             return -1
 
-    monkeypatch.setattr("agent.world._libc", _Unprivileged())
-    monkeypatch.setattr("agent.world.ctypes.get_errno", lambda: errno.EPERM)
+    monkeypatch.setattr("lab.world._libc", _Unprivileged())
+    monkeypatch.setattr("lab.world.ctypes.get_errno", lambda: errno.EPERM)
     with pytest.raises(PermissionError, match="needs root"), _small_world():
         pytest.fail("the world must not come up")
 

@@ -13,8 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import ConfigError, DetectLocalMode
-from agent.config_file import (
+from agent.config.file import (
     FIELDS,
     KUBE_PROXY,
     OWN,
@@ -29,7 +28,9 @@ from agent.config_file import (
     parse_duration,
     read,
 )
-from agent.sysctl import ConntrackSettings
+from agent.config.options import ConfigError
+from agent.kernel.sysctl import ConntrackSettings
+from rules.options import DetectLocalMode
 
 HERE = Path(__file__).parent
 KUBEADM = HERE.parent / "recordings" / "kubeadm-kube-proxy.yaml"

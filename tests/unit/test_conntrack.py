@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from agent.config import Options
-from agent.conntrack import (
+from agent.kernel.conntrack import (
     ConntrackError,
     Flows,
     _aims,
@@ -24,13 +23,14 @@ from agent.conntrack import (
     dump_request,
     parse,
 )
-from agent.events import Delete, Upsert
-from agent.state import State
-from rules.conntrack import Aim, Flow, Serving, aim, claims_of, is_stale, is_udp, must_look
+from rules.events import Delete, Upsert
 from rules.frontends import destination_key
 from rules.netlink import attribute, attributes, nest
 from rules.objects import TCP, UDP, EndpointSlice
+from rules.options import Options
 from rules.program import Claim
+from rules.stale_flows import Aim, Flow, Serving, aim, claims_of, is_stale, is_udp, must_look
+from rules.state import State
 from rules.tables import SETS
 from tests.manifest import endpoint, endpoint_slice, node, service
 
@@ -367,7 +367,7 @@ class Broken:
 
 
 def test_what_goes_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.conntrack.Conntrack", Broken)
+    monkeypatch.setattr("agent.kernel.conntrack.Conntrack", Broken)
     Broken.error = ConntrackError(errno.EPERM, "reading conntrack")
     with capture_logs() as lines:
         flows = Flows(structlog.get_logger())

@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.config import options
-from agent.events import NodeAddresses, Upsert
-from agent.sources.reflector import INITIAL_EVENTS_END, Reflector, resources
-from agent.state import State
+from agent.config.options import options
+from agent.sources.kubernetes.reflector import INITIAL_EVENTS_END, Reflector, resources
+from rules.events import NodeAddresses, Upsert
+from rules.state import State
 from rules.transaction import Transaction, encode
 from tests import manifest
 

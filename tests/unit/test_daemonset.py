@@ -11,11 +11,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from agent import config_file
-from agent.config import DetectLocalMode
-from agent.events import Event, Synced
+from agent.config import file as config_file
 from agent.log import configure
-from agent.sources.kubernetes import Follower, connect
+from agent.sources.kubernetes.follower import Follower, connect
+from rules.events import Event, Synced
+from rules.options import DetectLocalMode
 from tests.cluster.apiserver import ApiServer
 from tests.container.conftest import CONFINED
 

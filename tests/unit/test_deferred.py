@@ -22,7 +22,7 @@ users: [{name: a, user: {token: secret}}]
 contexts: [{name: a, context: {cluster: a, user: a}}]
 """
 
-CONNECT = "from agent.sources.kubernetes import connect; connection = connect({}); "
+CONNECT = "from agent.sources.kubernetes.follower import connect; connection = connect({}); "
 
 
 def fresh(code: str, directory: Path = ROOT) -> str:
@@ -117,12 +117,12 @@ UNUSED = {
     # for versions
     *("importlib.metadata._adapters", "zipfile", "csv"),
     # of the demo and of other commands
-    *("agent.world", "agent.sources.manifests", "nftables", "inotify_simple"),
+    *("lab.world", "agent.sources.manifests.follower", "nftables", "inotify_simple"),
 }
 """What comes with the libraries that the agent imports, or with the project, and is not needed."""
 
 START = (
-    "import agent.cli, agent.kernel, agent.run; from agent.config_file import merged; "
+    "import agent.cli.main, agent.kernel.tables, agent.run; from agent.config.file import merged; "
     "settings = merged(None, {}); log = agent.run.log.configure(); "
     "metrics = agent.run.Metrics(agent.run.__version__); "
     "agent.run._source((), settings, print, log, metrics); "

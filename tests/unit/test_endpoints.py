@@ -9,11 +9,11 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from agent.config import options
-from agent.endpoints import EndpointTable, PortTable, QuestionError, Row, Use, endpoints, show
-from agent.events import Upsert
-from agent.state import State
+from agent.cli.endpoints import EndpointTable, PortTable, QuestionError, Row, Use, endpoints, show
+from agent.config.options import options
+from rules.events import Upsert
 from rules.objects import Object
+from rules.state import State
 from tests.manifest import endpoint, endpoint_slice, node, service
 
 HTTP = {"name": "http", "port": 80}

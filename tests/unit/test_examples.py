@@ -9,10 +9,10 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from agent import demo
-from agent.cli import main
-from agent.sources.manifests import read
-from agent.world import World
+from agent.cli.main import main
+from agent.sources.manifests.follower import read
+from lab import demo
+from lab.world import World
 from rules.objects import EndpointSlice, Node, Service, ServiceCIDR, address_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,10 +10,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from agent.config import options
-from agent.endpoints import QuestionError
-from agent.events import NodeAddresses, Upsert
-from agent.explain import (
+from agent.cli.endpoints import QuestionError
+from agent.cli.explain import (
     ADMITTED,
     NODE,
     OUTSIDE,
@@ -26,8 +24,10 @@ from agent.explain import (
     parse_target,
     show,
 )
-from agent.state import State
+from agent.config.options import options
+from rules.events import NodeAddresses, Upsert
 from rules.objects import SCTP, TCP, UDP, EndpointSlice, Object, parse_address
+from rules.state import State
 from rules.tables import SETS
 from rules.trace import Elements
 from tests.manifest import endpoint, endpoint_slice, node, service, service_cidr

@@ -15,20 +15,19 @@ from typing import Any, NamedTuple
 import pytest
 import structlog
 
-from agent import health as subject
-from agent.health import (
+from agent.serve import health as subject
+from agent.serve.health import (
     Answer,
-    HealthCheck,
     HealthServers,
     Heartbeat,
     Port,
     Request,
     Server,
-    health_check,
     listen,
     parsed,
     proxy_answer,
 )
+from rules.health_check import HealthCheck, health_check
 from rules.objects import READY, SERVING, TCP, TERMINATING, Endpoint, EndpointSlice, Name, SlicePort
 from rules.objects import Service as ServiceObject
 

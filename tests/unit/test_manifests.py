@@ -25,9 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import LogCapture
 
-from agent.events import Delete, Event, Synced, Upsert
-from agent.sources import documents, manifests, watching
-from agent.sources.manifests import Content, Follower, ManifestError, read
+from agent.sources.manifests import documents, watching
+from agent.sources.manifests import follower as manifests
+from agent.sources.manifests.follower import Content, Follower, ManifestError, read
+from rules.events import Delete, Event, Synced, Upsert
 from rules.objects import EndpointSlice, Name, Node, Object, Service, ServiceCIDR
 
 RECORDINGS = Path(__file__).parent.parent / "recordings"

@@ -15,9 +15,8 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.events import Delete, NodeAddresses, Synced, Upsert
-from agent.health import listen
-from agent.metrics import (
+from agent.serve.health import listen
+from agent.serve.metrics import (
     PROGRAMMING_BUCKETS,
     SYNC_BUCKETS,
     WATCH_STATES,
@@ -25,11 +24,11 @@ from agent.metrics import (
     Metrics,
     MetricsServer,
     Recorder,
-    no_local_endpoints,
 )
 from rules.diff import Change
+from rules.events import Delete, NodeAddresses, Synced, Upsert
 from rules.objects import Endpoint, EndpointSlice, Name, Service, ServicePort, SlicePort
-from rules.program import Surroundings, program
+from rules.program import Surroundings, no_local_endpoints, program
 from rules.selection import Place
 from rules.tables import SETS, Layout, build
 from rules.transaction import TableChange, Transaction
@@ -370,7 +369,7 @@ def test_watches(metrics: Metrics) -> None:
 
 
 def test_the_states_are_those_of_the_source() -> None:
-    from agent.sources.kubernetes import Status
+    from agent.sources.kubernetes.follower import Status
 
     assert get_args(get_type_hints(Status)["state"]) == WATCH_STATES
 
@@ -435,7 +434,7 @@ def test_a_recorder_forgets() -> None:
 
 
 def test_importing_does_not_load_prometheus_client() -> None:
-    code = "import agent.metrics, sys; sys.exit('prometheus_client' in sys.modules)"
+    code = "import agent.serve.metrics, sys; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.events import Delete, Event, Upsert
-from agent.sources.reflector import (
+from agent.sources.kubernetes.reflector import (
     MAX_LINE_BYTES,
     Ask,
     Lines,
@@ -25,6 +24,7 @@ from agent.sources.reflector import (
     Timing,
     resources,
 )
+from rules.events import Delete, Event, Upsert
 from rules.objects import (
     EndpointSlice,
     Name,

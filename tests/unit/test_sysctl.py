@@ -9,7 +9,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from agent.sysctl import HASH_SIZE, ConntrackSettings, Outcome, apply, configure
+from agent.kernel.sysctl import HASH_SIZE, ConntrackSettings, Outcome, apply, configure
 
 NETFILTER = "proc/sys/net/netfilter"
 KERNELS_DEFAULTS = {

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from agent.config import options
-from agent.events import Upsert
-from agent.state import State
+from agent.config.options import options
+from rules.events import Upsert
 from rules.language import (
     Base,
     Chain,
@@ -41,6 +40,7 @@ from rules.language import (
     rule,
 )
 from rules.objects import TCP, UDP, Object
+from rules.state import State
 from rules.tables import SETS
 from rules.trace import (
     Effect,

@@ -41,7 +41,6 @@ from types import TracebackType
 import structlog
 
 from agent.deferred import load
-from rules.conntrack import Aim, Flow, Serving, aim
 from rules.netlink import (
     FAMILY_NUMBER,
     HEADER,
@@ -56,9 +55,10 @@ from rules.netlink import (
 )
 from rules.objects import UDP
 from rules.program import Claim
+from rules.stale_flows import Aim, Flow, Serving, aim
 from rules.tables import FAMILIES
 
-load(["pyroute2.netlink.nfnetlink.nfctsocket"], {"pyroute2": ()})  # as in agent.addresses
+load(["pyroute2.netlink.nfnetlink.nfctsocket"], {"pyroute2": ()})  # as in agent.kernel.addresses
 
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK  # noqa: E402
 from pyroute2.netlink.nfnetlink.nfctsocket import (  # noqa: E402

@@ -46,7 +46,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from agent.events import Delete, Event, Upsert
+from rules.events import Delete, Event, Upsert
 from rules.objects import (
     HEADLESS_LABEL,
     PROXY_NAME_LABEL,

@@ -30,9 +30,8 @@ from typing import NamedTuple
 
 from structlog.typing import FilteringBoundLogger
 
-from agent.events import Delete, Event, Synced, Upsert
-from agent.sources.documents import Unusable, objects_of
-from agent.sources.places import (
+from agent.sources.manifests.documents import Unusable, objects_of
+from agent.sources.manifests.places import (
     STDIN,
     ManifestError,
     Place,
@@ -40,7 +39,8 @@ from agent.sources.places import (
     os_reason,
     resolve,
 )
-from agent.sources.watching import Inotify, Polling, Stale, Watch
+from agent.sources.manifests.watching import Inotify, Polling, Stale, Watch
+from rules.events import Delete, Event, Synced, Upsert
 from rules.objects import KINDS, InvalidObject, Name, Object
 
 MAX_FILE_BYTES = 512 * 2**20

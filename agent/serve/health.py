@@ -41,7 +41,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -50,7 +50,8 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from rules.objects import READY, EndpointSlice, Name, Service
+from rules.health_check import HealthCheck
+from rules.objects import Name
 
 Log = structlog.typing.FilteringBoundLogger
 
@@ -174,31 +175,6 @@ def proxy_answer(health: Health, *, node: bool) -> Answer:
         family = {"lastUpdated": _time(health.programmed_at), "healthy": health.healthy}
         body["status"] = {"IPv4": family, "IPv6": family}
     return Answer(200 if well else 503, _JSON, msgspec.json.encode(body))
-
-
-class HealthCheck(NamedTuple):
-    """A Service's health check port, and how many ready endpoints it has on this node."""
-
-    port: int
-    endpoints: int
-
-
-def health_check(
-    service: Service, slices: Iterable[EndpointSlice], node: str
-) -> HealthCheck | None:
-    """What a Service's health check port has to answer; None if it has none.
-
-    An endpoint is an address, however many ports it has. In a Service of both families a pod has
-    one of each, so the families are not added up.
-    """
-    if not (service.proxied and service.external_local and service.health_check_node_port):
-        return None
-    here: dict[int, set[bytes]] = {4: set(), 6: set()}
-    for piece in slices:
-        for endpoint in piece.endpoints if piece.ports else ():
-            if endpoint.node == node and endpoint.conditions & READY:
-                here[piece.family].add(endpoint.address)
-    return HealthCheck(service.health_check_node_port, max(map(len, here.values())))
 
 
 def service_answer(name: Name, endpoints: int, *, healthy: bool) -> Answer:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import structlog
 
-from agent.kernel import Found, Kernel, KernelError, Stale, Watcher
+from agent.kernel.tables import Found, Kernel, KernelError, Stale, Watcher
 from rules.diff import Elements
 from rules.tables import FAMILIES
 

@@ -23,8 +23,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from agent.endpoints import QuestionError, port_text
-from agent.state import State
+from agent.cli.endpoints import QuestionError, port_text
 from rules.frontends import Frontend, Kind, destination_key
 from rules.objects import (
     PROTOCOL_NAMES,
@@ -39,6 +38,7 @@ from rules.objects import (
 )
 from rules.program import Claim, port_lists
 from rules.selection import Selection
+from rules.state import State
 from rules.tables import SETS
 from rules.trace import (
     Effect,

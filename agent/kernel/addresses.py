@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent.deferred import load
-from agent.events import Event, NodeAddresses
+from rules.events import Event, NodeAddresses
 from rules.objects import Address, parse_address
 
 # the package's code would import all of pyroute2: 0.1 s and 4 MB more

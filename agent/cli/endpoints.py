@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent.state import State
 from rules.frontends import Frontend, frontends
 from rules.objects import (
     PROTOCOL_NAMES,
@@ -35,6 +34,7 @@ from rules.objects import (
 )
 from rules.program import PortLists, port_lists
 from rules.selection import Place, Selection, Target, reason
+from rules.state import State
 
 
 class QuestionError(ValueError):

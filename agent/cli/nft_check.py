@@ -1,8 +1,8 @@
 """Has libnftables parse and load a ruleset, in a process and a network namespace of its own.
 
 libnftables aborts the process on some input (1.0.6 on IPv6 affinity maps: an assertion), so it is
-called in a child, `python -m agent.check`. The child enters a new network namespace, with root's
-rights or within a user namespace of its own, so the ruleset can be loaded for real: what the
+called in a child, `python -m agent.cli.nft_check`. The child enters a new network namespace, with
+root's rights or within a user namespace of its own, so the ruleset can be loaded for real: what the
 kernel would refuse is found as well, and the namespace goes with the process.
 """
 
@@ -25,7 +25,7 @@ def check(ruleset: str) -> None:
     """Returns if libnftables parses the ruleset and the kernel takes it; else raises
     CheckFailed with its words."""
     done = subprocess.run(
-        [sys.executable, "-m", "agent.check"],
+        [sys.executable, "-m", "agent.cli.nft_check"],
         input=ruleset,
         capture_output=True,
         text=True,

@@ -5,7 +5,7 @@ table of answers is compared with what was announced, and the first difference e
 DemoError. What is announced stands here in plain sight (`Question`), and comes from the semantics
 of Services, not from the code under test.
 
-`agent.stage` has the machinery: namespaces, the agent's process, manifests, signals.
+`lab.stage` has the machinery: namespaces, the agent's process, manifests, signals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agent.stage import (
+from lab.stage import (
     NODE_OPTIONS,
     POD_OPTIONS,
     DemoError,
@@ -36,7 +36,7 @@ from agent.stage import (
     Stage,
     endpoints_of,
 )
-from agent.world import Answer, Outcome, Protocol
+from lab.world import Answer, Outcome, Protocol
 
 __all__ = ["DemoError", "run"]
 

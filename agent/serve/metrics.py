@@ -33,11 +33,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from agent.deferred import load
-from agent.events import Delete, Event, Upsert
-from agent.health import NOT_FOUND, Answer, Log, Port, Request, Server, listen
+from agent.serve.health import NOT_FOUND, Answer, Log, Port, Request, Server, listen
+from rules.events import Delete, Event, Upsert
 from rules.language import Set, Table
 from rules.objects import EndpointSlice, Name, Service
-from rules.program import Program
 from rules.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -581,23 +580,6 @@ def _age_of_process() -> float:
         # the name, second and in parentheses, may hold anything; the start time is field 22
         ticks = int(stat.read().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def no_local_endpoints(program: Program) -> frozenset[tuple[int, str, str, int]]:
-    """The ports of a Service with traffic policy Local for which this node has nothing, though
-    there are endpoints elsewhere: family, policy, port name, protocol."""
-    return frozenset(
-        (
-            wanted.frontend.family,
-            "external" if wanted.frontend.external else "internal",
-            wanted.frontend.service_port.name,
-            wanted.frontend.protocol,
-        )
-        for wanted in program.wanted.values()
-        if wanted.frontend.local
-        and not wanted.endpoints
-        and any(owner.name.startswith("drop-") for owner, _, _ in wanted.elements)
-    )
 
 
 # --- the server ---------------------------------------------------------------------------------

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from agent import __version__
-from agent.config import ConfigError, DetectLocalMode, Options
+from agent.config.options import ConfigError
+from rules.options import DetectLocalMode, Options
 
 if TYPE_CHECKING:
-    from agent.config_file import ConfigFile, Settings
-    from agent.events import Event
-    from agent.kernel import Kernel
-    from agent.sources.manifests import Content
-    from agent.state import State
+    from agent.config.file import ConfigFile, Settings
+    from agent.kernel.tables import Kernel
+    from agent.sources.manifests.follower import Content
+    from rules.events import Event
     from rules.language import Set
-    from rules.nft import Key, Value
+    from rules.state import State
+    from rules.text import Key, Value
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -163,7 +165,7 @@ _no_own = click.option(
 
 def _settings(flags: dict[str, Any]) -> tuple[Settings, ConfigFile | None]:
     """What the flags that were given choose, and the file that they name."""
-    from agent.config_file import merged, read
+    from agent.config.file import merged, read
 
     source = click.get_current_context().get_parameter_source
     given = {n: v for n, v in flags.items() if source(n) is not ParameterSource.DEFAULT}
@@ -180,7 +182,7 @@ def _options(flags: dict[str, Any]) -> Options:
 
 
 def _content(places: tuple[str, ...]) -> Content:
-    from agent.sources.manifests import ManifestError, read
+    from agent.sources.manifests.follower import ManifestError, read
 
     try:
         content = read(places)
@@ -193,15 +195,15 @@ def _content(places: tuple[str, ...]) -> Content:
 
 def _state(places: tuple[str, ...], flags: dict[str, Any], *, local: bool) -> State:
     """A State that knows the manifests and, if `local`, this machine's addresses."""
-    from agent.events import Upsert
-    from agent.state import State
+    from rules.events import Upsert
+    from rules.state import State
 
     state = State(_options(flags))
     events: list[Event] = [Upsert(o) for o in _content(places).objects]
     if local:
         from pyroute2 import IPRoute
 
-        from agent.addresses import read
+        from agent.kernel.addresses import read
 
         with IPRoute() as route:
             events.append(read(route))
@@ -214,7 +216,7 @@ def _state(places: tuple[str, ...], flags: dict[str, Any], *, local: bool) -> St
 
 
 def _kernel(*, own: bool) -> Kernel:
-    from agent.kernel import Kernel, KernelError
+    from agent.kernel.tables import Kernel, KernelError
 
     try:
         return Kernel(own=own)
@@ -262,7 +264,7 @@ def run(
     the agent and leaves the tables in place; connections and Services go on. `sliceproxy cleanup`
     removes them.
     """
-    from agent.kernel import KernelError
+    from agent.kernel.tables import KernelError
     from agent.run import CannotRun
     from agent.run import run as run_agent
 
@@ -284,7 +286,7 @@ def cleanup(kube_proxy: bool) -> None:
 
     Only when the other proxy runs: with the last table, established connections break.
     """
-    from agent.kernel import KernelError
+    from agent.kernel.tables import KernelError
 
     with _kernel(own=False) as kernel:
         try:
@@ -299,7 +301,7 @@ def cleanup(kube_proxy: bool) -> None:
 
 def _cleanup_kube_proxy(kernel: Kernel) -> None:
     """Exit code 2 if something is left that is not ours to remove."""
-    from agent import kube_proxy
+    from agent.kernel import kube_proxy
 
     removal = kube_proxy.remove(kernel)
     for line in removal.removed:
@@ -325,14 +327,14 @@ def render(places: tuple[str, ...], check: bool, **flags: Any) -> None:
     Touches nothing and needs no privilege. `nft -f` loads what it prints. Node ports answer at
     the addresses of the Node object named by --node, so give that one too.
     """
-    from rules import nft
+    from rules import text as nft
 
     state = _state(places, flags, local=False)
     elements = state.elements()
     text = "".join(nft.table(table, elements) for table in state.tables())
     if check:
-        from agent.check import CheckFailed
-        from agent.check import check as parse
+        from agent.cli.nft_check import CheckFailed
+        from agent.cli.nft_check import check as parse
 
         try:
             parse(text)
@@ -353,7 +355,7 @@ def diff(places: tuple[str, ...], no_own: bool, output: str, **flags: Any) -> No
     """
     import msgspec
 
-    from agent.kernel import KernelError
+    from agent.kernel.tables import KernelError
     from agent.loop import reader
     from rules.transaction import commands
 
@@ -385,8 +387,8 @@ def endpoints(service: str, places: tuple[str, ...], output: str, **flags: Any) 
     import msgspec
     from rich.console import Console
 
-    from agent import endpoints as view
-    from agent.endpoints import QuestionError
+    from agent.cli import endpoints as view
+    from agent.cli.endpoints import QuestionError
 
     state = _state(places, flags, local=False)
     try:
@@ -401,7 +403,7 @@ def endpoints(service: str, places: tuple[str, ...], output: str, **flags: Any) 
 
 def _elements_here(state: State) -> dict[Set, Mapping[Key, Value]] | None:
     """What this kernel has in our tables; None where it has none, or must not be asked."""
-    from agent.kernel import Kernel, KernelError
+    from agent.kernel.tables import Kernel, KernelError
     from rules.tables import SETS
 
     elements: dict[Set, Mapping[Key, Value]] = {}
@@ -438,8 +440,8 @@ def explain(
     import msgspec
     from rich.console import Console
 
-    from agent import explain as view
-    from agent.endpoints import QuestionError
+    from agent.cli import explain as view
+    from agent.cli.endpoints import QuestionError
 
     state = _state(places, flags, local=False)
     try:
@@ -452,6 +454,18 @@ def explain(
         view.show(explanation, Console())
 
 
+def _find_lab() -> None:
+    """Makes `lab` importable in a checkout; the image and the installed package do not have it."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "lab" / "demo.py").is_file():
+        fail(
+            "the demo is not part of the installed package: run `make demo` in a checkout of "
+            "sliceproxy's repository"
+        )
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+
+
 @main.command()
 @click.option("--plain", is_flag=True, help="No colours, no waiting for anybody to read.")
 def demo(plain: bool) -> None:
@@ -459,8 +473,9 @@ def demo(plain: bool) -> None:
 
     Needs root. Makes namespaces of its own, touches nothing else, and removes them again.
     """
-    from agent.demo import DemoError
-    from agent.demo import run as run_demo
+    _find_lab()
+    from lab.demo import DemoError
+    from lab.demo import run as run_demo
 
     try:
         run_demo(plain=plain)

@@ -1,8 +1,8 @@
 """Services, EndpointSlices, this Node and the ServiceCIDRs of a cluster, listed and watched.
 
-What is asked and what the answers mean is in `agent.sources.reflector`. Here is the rest: where
-the API server is and how it knows us, the connections, a thread for each resource, and what an
-operator is told.
+What is asked and what the answers mean is in `agent.sources.kubernetes.reflector`. Here is the
+rest: where the API server is and how it knows us, the connections, a thread for each resource, and
+what an operator is told.
 
 The official client reads configurations (a pod's service account, kubeconfigs, exec plugins) and
 keeps tokens fresh, and its urllib3 pool carries the bytes. Its model classes and its own watch are
@@ -39,8 +39,16 @@ import urllib3
 from structlog.typing import FilteringBoundLogger
 
 from agent.deferred import load
-from agent.events import Event, Synced
-from agent.sources.reflector import Ask, Reflector, Request, Resource, Timing, Trouble, resources
+from agent.sources.kubernetes.reflector import (
+    Ask,
+    Reflector,
+    Request,
+    Resource,
+    Timing,
+    Trouble,
+    resources,
+)
+from rules.events import Event, Synced
 
 RELOAD_SECONDS = 300.0
 MAX_BATCH = 10_000

@@ -38,8 +38,8 @@ from rules.netlink import (
     attributes,
     string,
 )
-from rules.nft import Element, Key, Value
 from rules.tables import FAMILIES, SETS, TABLE
+from rules.text import Element, Key, Value
 from rules.transaction import Known, Transaction, encode
 
 _SOL_NETLINK = 270

@@ -21,11 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
-from agent.config import DetectLocalMode, Options, in_networks
-from agent.events import Delete, Event, NodeAddresses, Synced, Upsert
-from agent.health import HealthCheck, health_check
-from agent.metrics import no_local_endpoints
-from rules.conntrack import Flow, Serving, is_stale, is_udp
 from rules.diff import (
     Change,
     Elements,
@@ -40,9 +35,10 @@ from rules.diff import (
     note_served,
     restored,
 )
+from rules.events import Delete, Event, NodeAddresses, Synced, Upsert
 from rules.frontends import FAMILY_OF_LENGTH
+from rules.health_check import HealthCheck, health_check
 from rules.language import Set, Table
-from rules.nft import Key, Value
 from rules.objects import (
     Address,
     EndpointSlice,
@@ -53,9 +49,12 @@ from rules.objects import (
     Service,
     ServiceCIDR,
 )
-from rules.program import NOTHING, Claim, Owned, Program, Surroundings, program
+from rules.options import DetectLocalMode, Options, in_networks
+from rules.program import NOTHING, Claim, Owned, Program, Surroundings, no_local_endpoints, program
 from rules.selection import Place
+from rules.stale_flows import Flow, Serving, is_stale, is_udp
 from rules.tables import FAMILIES, SETS, Layout, PodInterface, build
+from rules.text import Key, Value
 from rules.transaction import Known, TableChange, Transaction, table_change
 
 _Used = TypeVar("_Used", bound=Hashable)

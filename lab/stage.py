@@ -35,8 +35,8 @@ from typing import Any, Self
 import yaml
 from pyroute2 import NetlinkError
 
-from agent.kernel import Kernel
-from agent.world import Answer, World, WorldError
+from agent.kernel.tables import Kernel
+from lab.world import Answer, World, WorldError
 from rules.tables import FAMILIES
 
 NODE = "node-1"
@@ -215,7 +215,7 @@ class Stage:
         self.interrupts.check()
         return self.world.popen(
             "node",
-            [sys.executable, "-m", "agent.cli", *arguments],
+            [sys.executable, "-m", "agent", *arguments],
             stdin=subprocess.DEVNULL,
             text=True,
             errors="replace",
@@ -412,14 +412,11 @@ def _ending_text(code: int) -> str:
 
 
 def examples() -> Path:
-    """The directory of the examples: in an installed package, or beside it in a checkout."""
-    for directory in (_PACKAGE / "examples", _PACKAGE.parent / "examples"):
-        if (directory / "cluster.yaml").is_file():
-            return directory
-    raise DemoError(
-        f"the examples that the demo plays with are neither in {_PACKAGE} nor beside it: run the "
-        "demo from a checkout of sliceproxy"
-    )
+    """The directory of the examples, in the checkout that this package is part of."""
+    directory = _PACKAGE.parent / "examples"
+    if not (directory / "cluster.yaml").is_file():
+        raise DemoError(f"no examples in {directory}: run the demo from a checkout of sliceproxy")
+    return directory
 
 
 class _World(World):

@@ -24,7 +24,7 @@ from typing import Protocol
 import inotify_simple
 from inotify_simple import flags
 
-from agent.sources.places import Place, is_manifest
+from agent.sources.manifests.places import Place, is_manifest
 
 POLL_SECONDS = 1.0
 

@@ -43,7 +43,7 @@ class Flow(NamedTuple):
 
     `destination` is what the client asked for, `target` who answers it; they are the same if
     nothing was translated. `zone` is 0 but for what is told apart on purpose (VRFs, Open vSwitch).
-    `entry` is opaque to all but `agent.conntrack`: the kernel's attributes.
+    `entry` is opaque to all but `agent.kernel.conntrack`: the kernel's attributes.
     """
 
     source: Target

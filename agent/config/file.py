@@ -34,9 +34,10 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from agent.config import ConfigError, DetectLocalMode, Options, options
-from agent.sysctl import ConntrackSettings
+from agent.config.options import ConfigError, options
+from agent.kernel.sysctl import ConntrackSettings
 from rules.objects import parse_network
+from rules.options import DetectLocalMode, Options
 
 KUBE_PROXY = ("KubeProxyConfiguration", "kubeproxy.config.k8s.io/v1alpha1")
 OWN = ("SliceproxyConfiguration", "sliceproxy/v1")

@@ -45,7 +45,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from agent.kernel import Kernel, Stale
+from agent.kernel.tables import Kernel, Stale
 from rules import netlink
 from rules.netlink import Batch, attribute, attributes, string
 from rules.tables import FAMILIES

@@ -1,0 +1,1 @@
+"""Options: declared, read from flags and files, checked."""

@@ -1,0 +1,1 @@
+"""The kernel over netlink: nf_tables, conntrack, addresses, sysctls."""

@@ -1,0 +1,1 @@
+"""Worlds of network namespaces, and the demo that is played in one. Not part of the image."""

@@ -1,0 +1,47 @@
+"""What an operator can choose of the data plane, as plain records, with kube-proxy's defaults."""
+
+from __future__ import annotations
+
+import ipaddress
+from enum import Enum
+
+import msgspec
+
+from rules.objects import Address, Network
+from rules.tables import DEFAULT_MARK
+
+
+class DetectLocalMode(Enum):
+    """How packets from pods of this node are told, by kube-proxy's names."""
+
+    NONE = "None"
+    CLUSTER_CIDR = "ClusterCIDR"
+    NODE_CIDR = "NodeCIDR"
+    BRIDGE_INTERFACE = "BridgeInterface"
+    INTERFACE_NAME_PREFIX = "InterfaceNamePrefix"
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The agent's options.
+
+    `zone` is that of the Node object where empty. `node_port_networks` are the networks whose
+    addresses of this node answer at node ports; None stands for `primary`, the node's primary
+    address per family. `interface` is the bridge's name or the prefix, as the mode has it.
+    `address` is the node's primary address of its family, whatever its Node says.
+    """
+
+    node: str
+    zone: str = ""
+    proxy_name: str = ""
+    mark: int = DEFAULT_MARK
+    masquerade_all: bool = False
+    detect_local: DetectLocalMode = DetectLocalMode.NONE
+    cluster_cidrs: tuple[Network, ...] = ()
+    interface: str = ""
+    node_port_networks: tuple[Network, ...] | None = None
+    address: Address | None = None
+
+
+def in_networks(address: bytes, networks: tuple[Network, ...]) -> bool:
+    """Whether a packed address is in one of the networks."""
+    return any(ipaddress.ip_address(address) in network for network in networks)
