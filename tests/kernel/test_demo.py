@@ -195,7 +195,7 @@ def test_a_change_that_is_not_programmed_is_an_error(monkeypatch):
 
 def test_missing_examples_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(stage, "_PACKAGE", tmp_path / "agent")
-    with pytest.raises(DemoError, match=r"neither in .* nor beside it: run the demo from a check"):
+    with pytest.raises(DemoError, match=r"no examples in .*: run the demo from a checkout"):
         demo.run(plain=True)
 
 
