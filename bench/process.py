@@ -17,6 +17,7 @@ from typing import Any
 
 from agent.kernel.tables import Kernel
 from lab.world import World
+from rules.target import packed_port
 
 ROOT = Path(__file__).parent.parent
 HOST = "node"
@@ -183,7 +184,7 @@ class Listener:
 
 def data_pattern(octet: int, port: int) -> re.Pattern[bytes]:
     """An IPv4 target octet.x.x.x:port as the data of an element."""
-    behind = port.to_bytes(2, "big") + b"\0\0"
+    behind = packed_port(port)
     head = b"\x0c\0\1\0" + bytes((octet,))
     return re.compile(re.escape(head) + b"..." + re.escape(behind), re.DOTALL)
 

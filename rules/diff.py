@@ -21,10 +21,10 @@ import msgspec
 
 from rules.language import Set
 from rules.program import Claim, Owned, Wanted
-from rules.selection import Target
 from rules.slots import LADDER, Slots, assign, fitting
 from rules.stale_flows import Serving, must_look
 from rules.tables import PLAIN, SETS, balancer, width_of
+from rules.target import Target
 from rules.text import Element, Key, Value
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from rules.objects import PROTOCOL_NAMES, Address, Service, ServicePort, address_text
 from rules.tables import FAMILIES
+from rules.target import packed_port
 
 FAMILY_OF_LENGTH = {4: 4, 16: 6}
 
@@ -64,7 +65,7 @@ class Frontend(NamedTuple):
 
 def destination_key(address: Address, protocol: int, port: int) -> bytes:
     """A concatenation of address, protocol and port as the kernel holds it."""
-    return address + bytes((protocol, 0, 0, 0)) + port.to_bytes(2, "big") + b"\0\0"
+    return address + bytes((protocol, 0, 0, 0)) + packed_port(port)
 
 
 def frontends(service: Service) -> Iterator[Frontend]:

@@ -20,13 +20,13 @@ from rules.objects import UDP, Address, Endpoint, EndpointSlice, Service
 from rules.selection import (
     Place,
     Selection,
-    Target,
     candidates,
     cluster_list,
     local_list,
     serving,
 )
 from rules.tables import CLUSTER, MASQUERADE, PLAIN, SETS, remember
+from rules.target import Target, address_of
 from rules.text import Key, Value
 
 _T = TypeVar("_T")
@@ -161,7 +161,7 @@ def _hairpins(family: int, lists: PortLists, node: str) -> Iterator[Owned]:
     hairpins = SETS[family].hairpins
     for target in {*lists.cluster.targets, *lists.local.targets}:
         if lists.found[target].node == node:
-            address = target[:-4]
+            address = address_of(target)
             yield hairpins, address + address, None
 
 

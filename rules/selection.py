@@ -20,10 +20,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from rules.objects import READY, SERVING, TERMINATING, Endpoint, EndpointSlice
-
-Target = bytes
-"""Where a connection is sent: packed address, then the port in network order, padded to 4 bytes.
-It is the data of an element of the endpoint maps, 8 bytes for IPv4 and 20 for IPv6."""
+from rules.target import Target, packed_port
 
 
 class Place(NamedTuple):
@@ -66,7 +63,7 @@ def candidates(
             continue
         for name, number, port in piece.ports:
             if name == port_name and number == protocol:
-                tail = port.to_bytes(2, "big") + b"\0\0"
+                tail = packed_port(port)
                 for endpoint in piece.endpoints:
                     target = endpoint.address + tail
                     if target not in found or _rank(endpoint) > _rank(found[target]):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rules.selection import Target
+from rules.target import Target
 
 LADDER = (1, *(width for n in range(15) for width in (2 << n, 3 << n)), 65536)
 """The widths: 1, 2, 3, 4, 6, 8, 12, 16, 24 ... 49152, 65536, each at most 1.5 times the one before

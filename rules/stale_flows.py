@@ -32,10 +32,8 @@ from typing import NamedTuple
 from rules.frontends import FAMILY_OF_LENGTH, destination_key
 from rules.objects import UDP, Address
 from rules.program import Claim
-from rules.selection import Target
 from rules.tables import SETS
-
-_PORT_LENGTH = 4  # a port in network order and two bytes of padding, behind every address
+from rules.target import PORT_LENGTH, Target, address_of, port_of
 
 
 class Flow(NamedTuple):
@@ -70,14 +68,13 @@ Current = Callable[[Claim], Serving | None]
 
 def is_udp(claim: Claim) -> bool:
     """Whether it is a claim on a UDP port."""
-    return claim.key[-2 * _PORT_LENGTH] == UDP
+    return claim.key[-2 * PORT_LENGTH] == UDP
 
 
 def aim(claim: Claim) -> Aim:
     """Where flows to this claim are sent to."""
     key = claim.key
-    port = int.from_bytes(key[-_PORT_LENGTH:-2], "big")
-    return Aim(claim.verdicts.family, key[: -2 * _PORT_LENGTH], port)
+    return Aim(claim.verdicts.family, key[: -2 * PORT_LENGTH], port_of(key))
 
 
 def must_look(before: Serving, after: Serving) -> bool:
@@ -88,9 +85,8 @@ def must_look(before: Serving, after: Serving) -> bool:
 
 def claims_of(destination: Target, node_port_address: Callable[[Address], bool]) -> list[Claim]:
     """The claims that a packet to this destination is looked up by, in the order of the rules."""
-    address, tail = destination[:-_PORT_LENGTH], destination[-_PORT_LENGTH:]
+    address, port = address_of(destination), port_of(destination)
     sets = SETS[FAMILY_OF_LENGTH[len(address)]]
-    port = int.from_bytes(tail[:2], "big")
     claims = [Claim(sets.service_ips, destination_key(address, UDP, port))]
     if node_port_address(address):
         claims.append(Claim(sets.service_nodeports, destination_key(b"", UDP, port)))

@@ -62,8 +62,8 @@ from rules.language import (
     Translate,
     Unmark,
 )
-from rules.objects import Address, address_text
-from rules.selection import Target
+from rules.objects import Address
+from rules.target import Target, address_of, port_of, target_text
 from rules.text import Key, Value
 
 Elements = Mapping[Set, Mapping[Key, Value]]
@@ -181,12 +181,6 @@ class Trace:
         return frozenset(way.target for way in self.ways if way.end is End.SENT)
 
 
-def target_text(target: Target) -> str:
-    """Address and port as people write them: 10.0.0.1:8080, [fd00::1]:8080."""
-    address, port = address_text(target[:-4]), int.from_bytes(target[-4:-2], "big")
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
 def trace(table: Table, elements: Elements, packet: Packet) -> Trace:
     """What becomes of the packet.
 
@@ -266,8 +260,13 @@ class _Flight:
     end: End | None = None
 
     def sent(self, target: Target, slot: int | None = None) -> _Flight:
-        port = int.from_bytes(target[-4:-2], "big")
-        return replace(self, destination=target[:-4], port=port, target=target, slot=slot)
+        return replace(
+            self,
+            destination=address_of(target),
+            port=port_of(target),
+            target=target,
+            slot=slot,
+        )
 
     @property
     def _translated(self) -> bool:

@@ -387,18 +387,18 @@ def endpoints(service: str, places: tuple[str, ...], output: str, **flags: Any) 
     import msgspec
     from rich.console import Console
 
-    from agent.cli import endpoints as view
-    from agent.cli.endpoints import QuestionError
+    from agent.cli.endpoints import show
+    from rules import endpoint_report
 
     state = _state(places, flags, local=False)
     try:
-        table = view.endpoints(state, service)
-    except QuestionError as error:
+        table = endpoint_report.endpoints(state, service)
+    except endpoint_report.QuestionError as error:
         fail(error)
     if output == "json":
         click.echo(msgspec.json.encode(table).decode())
     else:
-        view.show(table, Console())
+        show(table, Console())
 
 
 def _elements_here(state: State) -> dict[Set, Mapping[Key, Value]] | None:
@@ -440,18 +440,19 @@ def explain(
     import msgspec
     from rich.console import Console
 
-    from agent.cli import explain as view
-    from agent.cli.endpoints import QuestionError
+    from agent.cli.explain import show
+    from rules.endpoint_report import QuestionError
+    from rules.explain import explain as explain_
 
     state = _state(places, flags, local=False)
     try:
-        explanation = view.explain(state, target, from_address, _elements_here(state))
+        explanation = explain_(state, target, from_address, _elements_here(state))
     except QuestionError as error:
         fail(error)
     if output == "json":
         click.echo(msgspec.json.encode(explanation).decode())
     else:
-        view.show(explanation, Console())
+        show(explanation, Console())
 
 
 def _find_lab() -> None:

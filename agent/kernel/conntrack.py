@@ -57,6 +57,7 @@ from rules.objects import UDP
 from rules.program import Claim
 from rules.stale_flows import Aim, Flow, Serving, aim
 from rules.tables import FAMILIES
+from rules.target import target_of
 
 load(["pyroute2.netlink.nfnetlink.nfctsocket"], {"pyroute2": ()})  # as in agent.kernel.addresses
 
@@ -411,10 +412,15 @@ def _tuple(data: bytes) -> tuple[bytes, bytes] | None:
     for source, destination in ((1, 2), (3, 4)):  # CTA_IP_V4_*, CTA_IP_V6_*
         if source in addresses and destination in addresses:
             return (
-                addresses[source] + ports.get(_PROTO_SOURCE, b"\0\0") + b"\0\0",
-                addresses[destination] + ports.get(_PROTO_DESTINATION, b"\0\0") + b"\0\0",
+                target_of(addresses[source], _port(ports.get(_PROTO_SOURCE))),
+                target_of(addresses[destination], _port(ports.get(_PROTO_DESTINATION))),
             )
     return None
+
+
+def _port(content: bytes | None) -> int:
+    """A port attribute's number; 0 without the attribute."""
+    return int.from_bytes(content or b"", "big")
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:

@@ -17,6 +17,7 @@ from lab.world import World
 from rules.frontends import destination_key
 from rules.objects import PROXY_NAME_LABEL, SCTP, decode
 from rules.tables import SETS, balancer
+from rules.target import target_of
 from tests import manifest
 from tests.kernel.conftest import (
     CLIENTS,
@@ -924,8 +925,7 @@ def test_sctp_has_its_elements(proxy: Start, net: Net, frontend: str) -> None:
         2, style=style, node_port=node_port, inside=False, sticky=False
     )
     assert {target for slot, target in endpoints.items() if slot.startswith(key)} == {
-        net.packed(net.address(host)) + TARGET_PORT.to_bytes(2, "big") + b"\0\0"
-        for host in ("pod-1", "remote-1")
+        target_of(net.packed(net.address(host)), TARGET_PORT) for host in ("pod-1", "remote-1")
     }
 
 

@@ -21,6 +21,7 @@ from agent.kernel.tables import Kernel
 from lab.world import World
 from rules import netlink
 from rules.tables import SETS
+from rules.target import target_of
 from tests.kernel.agent import PATIENCE, Agent, Connections, write
 from tests.manifest import endpoint, service_document, slice_document
 
@@ -329,7 +330,7 @@ def test_sticky_clients_of_an_endpoint_that_went_meanwhile_are_forgotten(
         assert world.ask("pod-3", VIP, PORT).server == "pod-2"
     with world.run("node", lambda: Kernel(own=False)) as kernel:
         values = set(kernel.elements(SETS[4].affinity).values())
-    assert values == {bytes((10, 244, 1, 12)) + (8080).to_bytes(2, "big") + b"\0\0"}
+    assert values == {target_of(bytes((10, 244, 1, 12)), 8080)}
 
 
 def test_a_broken_manifest_changes_nothing_on_the_node(world: World, place: Path) -> None:

@@ -21,9 +21,10 @@ from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 from agent.config.options import options
 from lab.world import World
 from rules.events import NodeAddresses
-from rules.objects import TCP, UDP, Object, parse_address
+from rules.objects import TCP, UDP, Object, address_text, parse_address
 from rules.options import Options
 from rules.tables import FAMILIES, SETS
+from rules.target import address_of, port_of
 from rules.trace import Elements, End, Masquerade, Packet, Trace, Way, trace
 from tests.kernel.proxy import Proxy
 from tests.manifest import endpoint, endpoint_slice, node, service, service_cidr
@@ -327,8 +328,8 @@ class Inquiry:
         return Meeting(answer.outcome, answer.server, changed and answer.outcome == "answered")
 
     def host(self, target: bytes) -> str:
-        address = str(ipaddress.ip_address(target[:-4]))
-        assert int.from_bytes(target[-4:-2], "big") == SERVED
+        address = address_text(address_of(target))
+        assert port_of(target) == SERVED
         found = [h.name for h in self.world.hosts.values() if address in (h.ipv4, h.ipv6)]
         return found[0]
 

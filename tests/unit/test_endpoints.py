@@ -9,8 +9,16 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from agent.cli.endpoints import EndpointTable, PortTable, QuestionError, Row, Use, endpoints, show
+from agent.cli.endpoints import show
 from agent.config.options import options
+from rules.endpoint_report import (
+    EndpointTable,
+    PortTable,
+    QuestionError,
+    Row,
+    Use,
+    endpoints,
+)
 from rules.events import Upsert
 from rules.objects import Object
 from rules.state import State

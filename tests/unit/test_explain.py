@@ -10,8 +10,11 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from agent.cli.endpoints import QuestionError
-from agent.cli.explain import (
+from agent.cli.explain import show
+from agent.config.options import options
+from rules.endpoint_report import QuestionError
+from rules.events import NodeAddresses, Upsert
+from rules.explain import (
     ADMITTED,
     NODE,
     OUTSIDE,
@@ -21,11 +24,8 @@ from agent.cli.explain import (
     Explanation,
     Reached,
     explain,
-    parse_target,
-    show,
+    parse_destination,
 )
-from agent.config.options import options
-from rules.events import NodeAddresses, Upsert
 from rules.objects import SCTP, TCP, UDP, EndpointSlice, Object, parse_address
 from rules.state import State
 from rules.tables import SETS
@@ -88,7 +88,7 @@ def text(found: Explanation) -> str:
     ],
 )
 def test_targets(question: str, protocol: int, written: str) -> None:
-    target = parse_target(question)
+    target = parse_destination(question)
     assert (target.protocol, str(target)) == (protocol, written)
 
 
@@ -102,7 +102,7 @@ def test_targets(question: str, protocol: int, written: str) -> None:
 )
 def test_a_target_that_is_none_says_what_to_write(question: str) -> None:
     with pytest.raises(QuestionError, match=r"write it like|none of tcp|ports are 1 to") as caught:
-        parse_target(question)
+        parse_destination(question)
     assert "\n" not in str(caught.value)
 
 

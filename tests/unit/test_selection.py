@@ -29,6 +29,7 @@ from rules.selection import (
     local_list,
     reason,
 )
+from rules.target import target_of
 from tests import manifest, oracle
 
 HERE = Place("node-1", "z1")
@@ -50,7 +51,7 @@ def endpoint(
 
 
 def target(number: int, port: int = 8080) -> bytes:
-    return bytes((10, 0, 0, number)) + port.to_bytes(2, "big") + b"\0\0"
+    return target_of(bytes((10, 0, 0, number)), port)
 
 
 def piece(

@@ -42,6 +42,7 @@ from rules.language import (
 from rules.objects import TCP, UDP, Object
 from rules.state import State
 from rules.tables import SETS
+from rules.target import target_of, target_text
 from rules.trace import (
     Effect,
     Elements,
@@ -51,7 +52,6 @@ from rules.trace import (
     Packet,
     Trace,
     UnknownChain,
-    target_text,
     trace,
 )
 from tests.manifest import endpoint, endpoint_slice, node, service, service_cidr
@@ -62,7 +62,7 @@ def packed(text: str) -> bytes:
 
 
 def target(address: str, port: int = 8080) -> bytes:
-    return packed(address) + port.to_bytes(2, "big") + b"\0\0"
+    return target_of(packed(address), port)
 
 
 # --- single words -------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_a_range_holds_in_every_field(
     low: tuple[str, int, str], high: tuple[str, int, str], holds: bool
 ) -> None:
     def key(daddr: str, port: int, saddr: str) -> bytes:
-        return packed(daddr) + port.to_bytes(2, "big") + b"\0\0" + packed(saddr)
+        return target_of(packed(daddr), port) + packed(saddr)
 
     elements = {PAIRS: {key(*low): key(*high)}}
     found = ends(one(rule(In((F.daddr, F.dport, F.saddr), PAIRS), Final.DROP)), elements)
@@ -196,7 +196,7 @@ SLOTS = Set(4, "slots", (F.daddr, F.dport, F.random(8)), data=(F.daddr, F.dport)
 
 
 def slots(*numbers: int) -> Elements:
-    prefix = PACKET.destination + PACKET.port.to_bytes(2, "big") + b"\0\0"
+    prefix = target_of(PACKET.destination, PACKET.port)
     return {SLOTS: {prefix + n.to_bytes(4, sys.byteorder): target(f"10.1.0.{n}") for n in numbers}}
 
 

@@ -1,0 +1,269 @@
+"""`sliceproxy endpoints NAMESPACE/NAME[:PORT]`: a Service's endpoints, and which are used here.
+
+The slices of a Service are merged into one table per Service port and family. Every endpoint says
+whether this node uses it and why, once for each traffic policy that the Service uses: an external
+address under policy Local needs both lists, as clients inside the node get the cluster list. An
+address that stands in two slices is shown twice, with the copy that counts.
+
+The answer is made of plain records, so `--output json` is `msgspec.json.encode(table)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from rules.frontends import Frontend, frontends
+from rules.objects import (
+    PROTOCOL_NAMES,
+    READY,
+    SERVING,
+    TERMINATING,
+    Endpoint,
+    EndpointSlice,
+    Name,
+    Service,
+    ServicePort,
+    address_text,
+)
+from rules.program import PortLists, port_lists
+from rules.selection import Place, Selection, reason
+from rules.state import State
+from rules.target import Target, target_of
+
+
+class QuestionError(ValueError):
+    """A question that cannot be answered as it stands; the message is one line and says why."""
+
+
+class Use(msgspec.Struct, frozen=True):
+    """Whether this node uses an endpoint under one traffic policy, and the reason."""
+
+    used: bool
+    reason: str
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One endpoint as one slice has it.
+
+    `counts` is false where another slice holds the same address in the better condition.
+    `cluster` and `local` are the traffic policies; None where the Service does not use one.
+    """
+
+    address: str
+    port: int
+    ready: bool
+    serving: bool
+    terminating: bool
+    node: str
+    zone: str
+    node_hints: tuple[str, ...]
+    zone_hints: tuple[str, ...]
+    pod: str
+    slice: str
+    counts: bool
+    cluster: Use | None
+    local: Use | None
+
+
+class PortTable(msgspec.Struct, frozen=True):
+    """The endpoints of one Service port in one family (4 or 6)."""
+
+    name: str
+    protocol: str
+    port: int
+    family: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+class EndpointTable(msgspec.Struct, frozen=True):
+    """A Service's endpoints as seen from a node. `zone` is "" where the node has none."""
+
+    service: str
+    node: str
+    zone: str
+    ports: tuple[PortTable, ...]
+    notes: tuple[str, ...] = ()
+
+
+def port_text(port: ServicePort) -> str:
+    """A Service port as people write it: 80/tcp (http)."""
+    text = f"{port.port}/{PROTOCOL_NAMES[port.protocol]}"
+    return f"{text} ({port.name})" if port.name else text
+
+
+# --- finding the Service ------------------------------------------------------------------------
+
+
+def endpoints(state: State, name_text: str) -> EndpointTable:
+    """The table of a Service, or of one of its ports (by name or number).
+
+    `state` has been stepped. Raises QuestionError.
+    """
+    text, _, port = name_text.partition(":")
+    service = _service(state, text)
+    ports = _ports(service, port) if port else service.ports
+    around = state.surroundings()
+    slices = state.slices_of(service.name)
+    return EndpointTable(
+        str(service.name),
+        around.place.node,
+        around.place.zone,
+        tuple(_port_tables(service, ports, slices, around.place)),
+        tuple(_notes(state, service)),
+    )
+
+
+def _service(state: State, text: str) -> Service:
+    namespace, slash, name = text.partition("/")
+    if not (namespace and slash and name):
+        near = sorted(str(known) for known in state.services if known.name == text)
+        hint = f"did you mean {' or '.join(near)}?" if near else "for instance default/web"
+        raise QuestionError(f"{text!r}: write NAMESPACE/NAME, {hint}")
+    if service := state.services.get(Name(namespace, name)):
+        return service
+    near = difflib.get_close_matches(text, map(str, state.services), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise QuestionError(f"there is no Service {text}{hint}")
+
+
+def _ports(service: Service, text: str) -> tuple[ServicePort, ...]:
+    found = tuple(p for p in service.ports if text in (p.name, str(p.port)))
+    if not found:
+        has = ", ".join(map(port_text, service.ports)) or "none"
+        raise QuestionError(f"Service {service.name} has no port {text}; its ports are: {has}")
+    return found
+
+
+def _notes(state: State, service: Service) -> Iterator[str]:
+    if not service.proxied:
+        yield "not proxied: it has no cluster IP, so nothing is programmed for it"
+    elif service.name not in state.programs:
+        yield "not proxied: its labels leave it to another proxy, or say that it is headless"
+    if not state.slices_of(service.name):
+        yield f"no EndpointSlice has the label kubernetes.io/service-name={service.name.name}"
+
+
+# --- the rows -----------------------------------------------------------------------------------
+
+
+class _Policy(NamedTuple):
+    """A traffic policy's selection, with its targets ready to be looked up."""
+
+    selection: Selection
+    targets: frozenset[Target]
+
+    @classmethod
+    def of(cls, selection: Selection) -> _Policy:
+        return cls(selection, frozenset(selection.targets))
+
+    def use(self, endpoint: Endpoint, target: Target, place: Place) -> Use:
+        if target in self.targets:
+            return Use(True, self.selection.basis.value)
+        # `reason` would look for the target among all of them, once for every row
+        return Use(False, reason(endpoint, target, self.selection._replace(targets=()), place))
+
+
+def _port_tables(
+    service: Service, ports: Iterable[ServicePort], slices: list[EndpointSlice], place: Place
+) -> Iterator[PortTable]:
+    of_service = list(frontends(service))
+    for port in ports:
+        for family in (4, 6):
+            using = [f for f in of_service if f.service_port == port and f.family == family]
+            if using:
+                yield _port_table(using, slices, place)
+
+
+def _port_table(using: list[Frontend], slices: list[EndpointSlice], place: Place) -> PortTable:
+    """The table of one port in one family, whose frontends are `using`."""
+    frontend = using[0]
+    port, family = frontend.service_port, frontend.family
+    lists = port_lists(frontend, slices, place)
+    # external addresses under policy Local serve clients inside the node from the cluster list
+    uses_cluster = any(not f.local or f.external for f in using)
+    policies = (
+        _Policy.of(lists.cluster) if uses_cluster else None,
+        _Policy.of(lists.local) if any(f.local for f in using) else None,
+    )
+    rows, notes = [], []
+    for piece in slices:
+        if piece.family != family:
+            continue
+        numbers = [
+            number
+            for name, protocol, number in piece.ports
+            if (name, protocol) == (port.name, port.protocol)
+        ]
+        if not numbers:
+            notes.append(
+                f"slice {piece.name.name} has no port {_named(port)}, so it does not count"
+            )
+        for number in numbers:
+            for endpoint in piece.endpoints:
+                row = (endpoint, number, piece.name.name)
+                rows.append(_row(row, lists, policies, place))
+    protocol = PROTOCOL_NAMES[port.protocol]
+    return PortTable(port.name, protocol, port.port, family, _sorted(rows), tuple(notes))
+
+
+def _named(port: ServicePort) -> str:
+    protocol = PROTOCOL_NAMES[port.protocol]
+    return f"named {port.name!r} ({protocol})" if port.name else f"without a name ({protocol})"
+
+
+def _sorted(rows: list[Row]) -> tuple[Row, ...]:
+    """Used ones first, else in the slices' order; copies of one address side by side."""
+    used: set[tuple[str, int]] = set()
+    first: dict[tuple[str, int], int] = {}
+    for number, row in enumerate(rows):
+        key = (row.address, row.port)
+        first.setdefault(key, number)
+        if any(use and use.used for use in (row.cluster, row.local)):
+            used.add(key)
+
+    def order(row: Row) -> tuple[bool, int, bool]:
+        key = (row.address, row.port)
+        return key not in used, first[key], not row.counts
+
+    return tuple(sorted(rows, key=order))
+
+
+def _row(
+    item: tuple[Endpoint, int, str],
+    lists: PortLists,
+    policies: tuple[_Policy | None, _Policy | None],
+    place: Place,
+) -> Row:
+    endpoint, port, slice_name = item
+    target = target_of(endpoint.address, port)
+    counts = lists.found[target] is endpoint
+
+    def use(policy: _Policy | None) -> Use | None:
+        if policy is None:
+            return None
+        if not counts:
+            return Use(False, "the copy in another slice counts")
+        return policy.use(endpoint, target, place)
+
+    cluster, local = map(use, policies)
+    return Row(
+        address_text(endpoint.address),
+        port,
+        bool(endpoint.conditions & READY),
+        bool(endpoint.conditions & SERVING),
+        bool(endpoint.conditions & TERMINATING),
+        endpoint.node,
+        endpoint.zone,
+        endpoint.node_hints,
+        endpoint.zone_hints,
+        endpoint.pod,
+        slice_name,
+        counts,
+        cluster,
+        local,
+    )

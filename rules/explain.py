@@ -1,0 +1,527 @@
+"""`sliceproxy explain ADDRESS:PORT`: what happens to a connection to this address, and why.
+
+The answer has two halves that are made independently and so check each other. What *should* be,
+from the objects: which Service has the address, under which policy, with which endpoints. What
+*is*, from the rules and the elements (`rules.trace`), for everybody who may ask: a pod of this
+node, the node itself, a client outside. With the elements read from the kernel the second half
+says what the kernel does, whatever the agent believes.
+
+The answer is made of plain records, so `--output json` is `msgspec.json.encode(explanation)`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import msgspec
+
+from rules.endpoint_report import QuestionError, port_text
+from rules.frontends import Frontend, Kind, destination_key
+from rules.objects import (
+    PROTOCOL_NAMES,
+    PROTOCOLS,
+    PROXY_NAME_LABEL,
+    Address,
+    Endpoint,
+    Name,
+    Network,
+    Service,
+    address_text,
+)
+from rules.program import Claim, port_lists
+from rules.selection import Selection
+from rules.state import State
+from rules.tables import SETS
+from rules.target import target_of, target_text
+from rules.trace import (
+    Elements,
+    End,
+    Packet,
+    Step,
+    Trace,
+    UnknownChain,
+    Way,
+    trace,
+)
+
+
+class Destination(NamedTuple):
+    """What is asked about: a packed address, an IP protocol number and a port."""
+
+    address: Address
+    protocol: int
+    port: int
+
+    @property
+    def family(self) -> int:
+        """4 or 6."""
+        return 4 if len(self.address) == 4 else 6
+
+    def __str__(self) -> str:
+        return f"{self.where}/{PROTOCOL_NAMES[self.protocol]}"
+
+    @property
+    def where(self) -> str:
+        """Address and port, without the protocol."""
+        return target_text(target_of(self.address, self.port))
+
+
+class EndpointList(msgspec.Struct, frozen=True):
+    """The endpoints of a list, what they have in common, and which list it is."""
+
+    name: str
+    basis: str
+    endpoints: tuple[str, ...]
+
+
+class Answering(msgspec.Struct, frozen=True):
+    """The Service port that has the address, and how it answers there.
+
+    `inside` is the list for clients inside this node where it is another one.
+    `affinity_seconds` is 0 without session affinity. `source_ranges` are those that guard this
+    very address. `lost_by` are Services that want the address too and are younger.
+    """
+
+    service: str
+    port: str
+    kind: str
+    policy: str
+    list: EndpointList
+    inside: EndpointList | None
+    affinity_seconds: int
+    source_ranges: tuple[str, ...]
+    lost_by: tuple[str, ...]
+
+
+class Lookup(msgspec.Struct, frozen=True):
+    """A set or map, and its element that matched; "" where a rule asks that none does."""
+
+    set: str
+    element: str
+
+
+class RuleStep(msgspec.Struct, frozen=True):
+    """A rule that did something with the packet: `effect` says what, `comment` why."""
+
+    chain: str
+    rule: str
+    matched: tuple[Lookup, ...]
+    effect: str
+    comment: str
+
+
+class Reached(msgspec.Struct, frozen=True):
+    """An endpoint that the connection may go to. `slot` is None unless it is drawn.
+
+    `sees_node` is why the endpoint sees an address of the node instead of the client's: "mark",
+    "hairpin", or "no".
+    """
+
+    endpoint: str
+    slot: int | None
+    sees_node: str
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What one kind of client meets.
+
+    `address` stands for all clients of that kind, if it was not given. `outcomes` holds one word
+    of `rules.trace.End`, more only if the elements are incomplete. `remembered_seconds` is 0
+    where the client is not remembered.
+    """
+
+    who: str
+    address: str
+    outcomes: tuple[str, ...]
+    endpoints: tuple[Reached, ...]
+    remembered_seconds: int
+    steps: tuple[RuleStep, ...]
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """The whole answer. `why_not` says why no Service has the address, where `answering` is None.
+
+    `from_kernel` tells that the elements were read from the kernel.
+    """
+
+    target: str
+    answering: Answering | None
+    why_not: str
+    asked: tuple[Asked, ...]
+    notes: tuple[str, ...]
+    from_kernel: bool
+
+
+def explain(
+    state: State,
+    question: str,
+    from_address: str | None = None,
+    elements: Elements | None = None,
+) -> Explanation:
+    """What happens to connections to `question`.
+
+    `state` has been stepped. `from_address` asks for one client only. `elements` are those read
+    from the kernel; without them, those that the state computes. Raises QuestionError.
+    """
+    target = parse_destination(question)
+    used = state.elements() if elements is None else elements
+    claim = _claim(state, target, used)
+    answering = _answering(state, claim) if claim else None
+    if from_address is None:
+        askers = list(_everybody(state, target, claim, used))
+    else:
+        askers = [_one(state, target, from_address, used)]
+    return Explanation(
+        str(target),
+        answering,
+        "" if answering else _why_not(state, target, used),
+        tuple(_asked(state, target, asker, used) for asker in askers),
+        tuple(_notes(state, target)),
+        elements is not None,
+    )
+
+
+def with_article(noun: str) -> str:
+    """The noun behind its indefinite article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+# --- the question -------------------------------------------------------------------------------
+
+_TARGET = re.compile(
+    r"(?:\[(?P<six>[^]]*)]|(?P<four>[^:\[\]/]*)):(?P<port>[0-9]{1,5})(?:/(?P<protocol>\w+))?"
+)
+_HOW = "write it like 10.96.0.10:80, 10.96.0.10:53/udp or [fd00::10]:80"
+
+
+def parse_destination(text: str) -> Destination:
+    """ADDRESS:PORT, an IPv6 address in brackets, with /udp or /sctp where it is not TCP.
+
+    Raises QuestionError.
+    """
+    found = _TARGET.fullmatch(text.strip())
+    if not found:
+        raise QuestionError(f"{text!r} is no address and port; {_HOW}")
+    address = _parse_address(found["six"] or found["four"] or "", _HOW)
+    protocol = PROTOCOLS.get((found["protocol"] or "tcp").upper(), 0)
+    if not protocol:
+        raise QuestionError(f"protocol {found['protocol']!r} is none of tcp, udp and sctp")
+    if not 1 <= int(found["port"]) <= 65535:
+        raise QuestionError(f"{found['port']} is no port; ports are 1 to 65535")
+    return Destination(address, protocol, int(found["port"]))
+
+
+def _parse_address(text: str, how: str) -> Address:
+    try:
+        return ipaddress.ip_address(text.partition("%")[0]).packed
+    except ValueError:
+        raise QuestionError(f"{text!r} is no IP address; {how}") from None
+
+
+def _claim(state: State, target: Destination, elements: Elements) -> Claim | None:
+    """The claim by which a Service has the address, in the order in which the rules look."""
+    sets = SETS[target.family]
+    by_address = Claim(sets.service_ips, destination_key(*target))
+    if state.holder(by_address):
+        return by_address
+    by_port = Claim(sets.service_nodeports, destination_key(b"", target.protocol, target.port))
+    if target.address in elements.get(sets.nodeport_ips, {}) and state.holder(by_port):
+        return by_port
+    return None
+
+
+# --- what should be -----------------------------------------------------------------------------
+
+
+def _answering(state: State, claim: Claim) -> Answering | None:
+    holder = state.holder(claim)
+    if holder is None:
+        return None
+    service = state.services[holder]
+    frontend = state.programs[holder].wanted[claim].frontend
+    place = state.surroundings().place
+    lists = port_lists(frontend, state.slices_of(holder), place)
+    both = frontend.external and frontend.local
+    field = "externalTrafficPolicy" if frontend.external else "internalTrafficPolicy"
+    return Answering(
+        str(holder),
+        port_text(frontend.service_port),
+        frontend.kind.value,
+        f"{field}: {'Local' if frontend.local else 'Cluster'}",
+        _list("Local", lists.local) if frontend.local else _list("Cluster", lists.cluster),
+        _list("Cluster", lists.cluster) if both else None,
+        service.affinity_seconds,
+        tuple(map(str, _guarding(service, frontend))),
+        tuple(
+            str(name)
+            for name, program in sorted(state.programs.items())
+            if claim in program.wanted and name != holder
+        ),
+    )
+
+
+def _list(name: str, selection: Selection) -> EndpointList:
+    return EndpointList(name, selection.basis.value, tuple(map(target_text, selection.targets)))
+
+
+def _guarding(service: Service, frontend: Frontend) -> tuple[Network, ...]:
+    """The source ranges that guard this frontend."""
+    if frontend.kind is not Kind.LOAD_BALANCER_IP:
+        return ()
+    return service.source_ranges
+
+
+def _notes(state: State, target: Destination) -> Iterator[str]:
+    if target.family not in state.surroundings().tells_pods:
+        mode = state.options.detect_local.value
+        yield (
+            f"pods of this node are not told from other clients in IPv{target.family} "
+            f"(detectLocalMode {mode}), so they are treated like clients outside"
+        )
+
+
+# --- why not ------------------------------------------------------------------------------------
+
+
+def _why_not(state: State, target: Destination, elements: Elements) -> str:
+    """The first reason that applies."""
+    found = chain(
+        _other_ports(state, target),
+        _left_to_others(state, target),
+        _unallocated(target, elements),
+        _no_node_port(state, target, elements),
+        _is_endpoint(state, target),
+        (f"no Service has {address_text(target.address)}, and no ServiceCIDR holds it",),
+    )
+    return next(found)
+
+
+def _with_address(services: Iterable[Service], address: Address) -> Iterator[tuple[Service, str]]:
+    for service in services:
+        for kind, addresses in (
+            (Kind.CLUSTER_IP, service.cluster_ips),
+            (Kind.LOAD_BALANCER_IP, service.load_balancer_ips),
+            (Kind.EXTERNAL_IP, service.external_ips),
+        ):
+            if address in addresses:
+                yield service, kind.value
+                break
+
+
+def _other_ports(state: State, target: Destination) -> Iterator[str]:
+    ours = (state.services[name] for name in state.programs)
+    port = f"{target.port}/{PROTOCOL_NAMES[target.protocol]}"
+    for service, kind in _with_address(ours, target.address):
+        has = ", ".join(map(port_text, service.ports)) or "none"
+        yield (
+            f"it is {with_article(kind)} of Service {service.name}, which has no port {port}; "
+            f"its ports: {has}"
+        )
+
+
+def _left_to_others(state: State, target: Destination) -> Iterator[str]:
+    others = (s for name, s in state.services.items() if name not in state.programs)
+    for service, kind in _with_address(others, target.address):
+        proxy = service.proxy_name
+        reason = f"its label {PROXY_NAME_LABEL}={proxy}" if proxy else "its labels"
+        yield (
+            f"it is {with_article(kind)} of Service {service.name}, but {reason} leave it to "
+            "another proxy"
+        )
+
+
+def _unallocated(target: Destination, elements: Elements) -> Iterator[str]:
+    for low, high in elements.get(SETS[target.family].service_cidrs, {}).items():
+        if isinstance(high, bytes) and low <= target.address <= high:
+            yield "no Service has this cluster IP; it is in a ServiceCIDR, so it may get one later"
+
+
+def _no_node_port(state: State, target: Destination, elements: Elements) -> Iterator[str]:
+    sets = SETS[target.family]
+    answering = [address_text(a) for a in sorted(elements.get(sets.nodeport_ips, {}))]
+    port = f"{target.port}/{PROTOCOL_NAMES[target.protocol]}"
+    claim = Claim(sets.service_nodeports, destination_key(b"", target.protocol, target.port))
+    if address_text(target.address) in answering:
+        yield f"it is an address of this node, but no Service has node port {port}"
+    elif holder := state.holder(claim):
+        own = target.address in _own(state) or ipaddress.ip_address(target.address).is_loopback
+        at = ", ".join(answering) or "no address"
+        if own:
+            yield (
+                f"Service {holder} has node port {port}, but node ports answer at {at} only "
+                "(--nodeport-addresses), and never at loopback addresses"
+            )
+
+
+def _is_endpoint(state: State, target: Destination) -> Iterator[str]:
+    for service, endpoint in _all_endpoints(state):
+        if endpoint.address == target.address:
+            yield (
+                f"it is the address of an endpoint of Service {service}, which is reached there "
+                "directly and needs no proxy"
+            )
+
+
+def _all_endpoints(state: State) -> Iterator[tuple[Name, Endpoint]]:
+    for service, pieces in state.slices.items():
+        for piece in pieces:
+            for endpoint in piece.endpoints:
+                yield service, endpoint
+
+
+# --- who asks -----------------------------------------------------------------------------------
+
+POD, NODE, OUTSIDE = "a pod of this node", "the node itself", "a client outside"
+ADMITTED = "a client outside within the source ranges"
+
+# documentation addresses (RFC 5737, RFC 3849), to stand for clients that nobody knows
+_SOMEWHERE = {
+    4: [ipaddress.ip_address(a).packed for a in ("198.51.100.1", "192.0.2.1", "203.0.113.1")],
+    6: [ipaddress.ip_address(f"2001:db8::{n}").packed for n in (1, 2, 3)],
+}
+
+
+class _Asker(NamedTuple):
+    who: str
+    address: Address
+    interface: str = ""
+
+
+def _own(state: State) -> frozenset[Address]:
+    """All known addresses of this node."""
+    declared = state.node.addresses if state.node else ()
+    return state.addresses.addresses | {*state.surroundings().node_addresses, *declared}
+
+
+def _one(state: State, target: Destination, text: str, elements: Elements) -> _Asker:
+    """The asker that has this address."""
+    address = _parse_address(text, "write it like 10.244.1.7 or fd00::7")
+    if len(address) != len(target.address):
+        raise QuestionError(f"{text} cannot ask {target}: one is IPv4 and the other IPv6")
+    if address in _own(state):
+        return _Asker(NODE, address)
+    if _told(address, target.family, elements) or address in _local_endpoints(state):
+        return _Asker(POD, address, state.options.interface)
+    return _Asker(OUTSIDE, address)
+
+
+def _told(address: Address, family: int, elements: Elements) -> bool:
+    """Whether the address is in the networks by which pods of this node are told."""
+    told = elements.get(SETS[family].pod_cidrs, {}).items()
+    return any(isinstance(high, bytes) and low <= address <= high for low, high in told)
+
+
+def _local_endpoints(state: State) -> frozenset[Address]:
+    """The endpoints on this node, of any Service."""
+    node = state.options.node
+    return frozenset(e.address for _, e in _all_endpoints(state) if e.node == node)
+
+
+def _everybody(
+    state: State, target: Destination, claim: Claim | None, elements: Elements
+) -> Iterator[_Asker]:
+    """An asker of each kind."""
+    family = target.family
+    yield _Asker(POD, _some_pod(state, family, elements), state.options.interface)
+    yield _Asker(NODE, _node_address(state, target))
+    ranges = _ranges(state, claim, family)
+    yield _Asker(OUTSIDE, _outsider(state, family, ranges))
+    ours = (_own(state) | _local_endpoints(state)) if ranges else frozenset()
+    for address in chain.from_iterable(map(_some_of, ranges)):
+        if address not in ours and not _told(address, family, elements):
+            yield _Asker(ADMITTED, address)
+            return
+
+
+def _ranges(state: State, claim: Claim | None, family: int) -> list[Network]:
+    """The source ranges of one family that guard the claim."""
+    holder = state.holder(claim) if claim else None
+    if not claim or not holder:
+        return []
+    frontend = state.programs[holder].wanted[claim].frontend
+    return [n for n in _guarding(state.services[holder], frontend) if n.version == family]
+
+
+def _node_address(state: State, target: Destination) -> Address:
+    """The address with which the node asks: for its own addresses, the one that is asked."""
+    if target.address in _own(state):
+        return target.address
+    for address in state.surroundings().node_addresses:
+        if len(address) == len(target.address):
+            return address
+    return _SOMEWHERE[target.family][-1]
+
+
+def _some_pod(state: State, family: int, elements: Elements) -> Address:
+    """An address that a pod of this node could have, preferably of none that there is."""
+    cidrs = (*(state.node.pod_cidrs if state.node else ()), *state.options.cluster_cidrs)
+    taken = {endpoint.address for _, endpoint in _all_endpoints(state)} | _own(state)
+    networks = [network for network in cidrs if network.version == family]
+    free = [a for a in chain.from_iterable(map(_some_of, networks)) if a not in taken]
+    told = (a for a in free if _told(a, family, elements))
+    return next(chain(told, free), _SOMEWHERE[family][0])
+
+
+def _some_of(network: Network) -> Iterator[Address]:
+    """A few addresses of a network, from its second one on if it has several."""
+    count = min(network.num_addresses, 512)
+    for number in range(1 if count > 1 else 0, count):
+        yield network[number].packed
+
+
+def _outsider(state: State, family: int, ranges: list[Network]) -> Address:
+    """An address from outside, outside the ranges too if they leave one of ours out."""
+    strangers = [
+        a for a in _SOMEWHERE[family] if not any(ipaddress.ip_address(a) in n for n in ranges)
+    ]
+    return next((a for a in strangers if a not in _own(state)), _SOMEWHERE[family][0])
+
+
+# --- what is ------------------------------------------------------------------------------------
+
+
+def _asked(state: State, target: Destination, asker: _Asker, elements: Elements) -> Asked:
+    own = _own(state) | ({asker.address} if asker.who == NODE else set())
+    packet = Packet(
+        asker.address,
+        target.address,
+        target.protocol,
+        target.port,
+        asker.interface,
+        asker.who == NODE,
+        own,
+    )
+    table = next(t for t in state.tables() if t.family == target.family)
+    try:
+        followed = trace(table, elements, packet)
+    except UnknownChain as error:
+        raise QuestionError(
+            f"{error}: the kernel's rules are those of other options; use the agent's own"
+        ) from None
+    return _outcome(asker, followed)
+
+
+def _outcome(asker: _Asker, followed: Trace) -> Asked:
+    behind = dict.fromkeys(chain.from_iterable(way.steps for way in followed.ways))
+    return Asked(
+        asker.who,
+        address_text(asker.address),
+        tuple(dict.fromkeys(way.end.value for way in followed.ways)),
+        tuple(_reached(way) for way in followed.ways if way.end is End.SENT),
+        max(way.remembered for way in followed.ways),
+        tuple(_rule_step(step) for step in (*followed.steps, *behind)),
+    )
+
+
+def _reached(way: Way) -> Reached:
+    return Reached(target_text(way.target), way.slot, way.masquerade.value)
+
+
+def _rule_step(step: Step) -> RuleStep:
+    matched = tuple(Lookup(match.set, match.element) for match in step.matched)
+    effect = f"{step.effect.value} {step.detail}".strip()
+    return RuleStep(step.chain, step.rule, matched, effect, step.comment)
