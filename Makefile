@@ -1,12 +1,20 @@
-# make demo   balance real connections in a small world of network namespaces (root)
-# make test   everything that is tested (root, else what needs no root)
-# make lint   ruff and mypy
-# make bench  measure everything, and write docs/performance.md (root, some 10 minutes)
-# make .venv  only the virtual environment, with `sliceproxy` in its bin
+# make demo       balance real connections in a small world of network namespaces (root)
+# make test       all tests (root; without it, the tests that need no root)
+# make test-unit  tests/unit alone: no root, under a minute
+# make lint       ruff and mypy over product, lab, bench and tests
+# make bench      measure everything, and write docs/performance.md (root, about 10 minutes)
+# make hooks      run the linters before each commit
+# make .venv      the virtual environment alone, with `sliceproxy` in .venv/bin
+#
+# What is installed outside this directory, and only as root on a Debian, and only if it is missing:
+#   make .venv    python3, python3-venv, ca-certificates (tools/need-python)
+#   make test     nftables, iptables, libnftables1, debootstrap (tools/need-test-tools)
+# Everything else is in .venv and build (a Debian 13 tree, whose newer nft the tests use).
+# tools/need-engine, which starts a container engine for tests/container, runs only in CI.
 
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-unit lint bench hooks clean
 
 demo: .venv
 	$(BIN)/python -m lab
@@ -14,6 +22,9 @@ demo: .venv
 test: .venv/tests-ready
 	tools/need-test-tools
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-unit: .venv/tests-ready
+	$(BIN)/python -m pytest -m unit $(PYTEST)
 
 lint: .venv/tests-ready
 	$(BIN)/ruff check .
@@ -23,6 +34,9 @@ lint: .venv/tests-ready
 bench: .venv/tests-ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python -m bench
+
+hooks: .venv/tests-ready
+	$(BIN)/pre-commit install
 
 .venv: pyproject.toml
 	python=$$(tools/need-python) && $$python -m venv .venv
@@ -34,4 +48,4 @@ bench: .venv/tests-ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -30,19 +30,12 @@ from docker.models.containers import Container
 
 from lab import world as worlds
 from lab.world import Host, World
+from tests.confinement import CONFINED
 
 ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "trixie"
 BASE = "debian:trixie-slim"
 PATIENCE = 30.0
-# What the DaemonSet asks for; see tests/unit/test_daemonset.py, which holds the two together.
-CONFINED: dict[str, Any] = {
-    "user": "0:0",
-    "cap_drop": ["ALL"],
-    "cap_add": ["NET_ADMIN"],
-    "read_only": True,
-    "security_opt": ["no-new-privileges"],
-}
 
 
 @pytest.fixture(scope="session")

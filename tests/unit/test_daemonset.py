@@ -18,7 +18,7 @@ from agent.sources.kubernetes.follower import Follower, connect
 from rules.events import Event, Synced
 from rules.options import DetectLocalMode
 from tests.cluster.apiserver import ApiServer
-from tests.container.conftest import CONFINED
+from tests.confinement import CONFINED
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS: list[dict[str, Any]] = list(

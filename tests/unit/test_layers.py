@@ -107,3 +107,26 @@ def test_rules_can_be_imported_alone():
     )
     loaded = set(run.stdout.split())
     assert not loaded & {"agent", "socket", "kubernetes", "pyroute2", "structlog", "yaml"}
+
+
+ROOT_ROOMS = ("tests.kernel", "tests.cluster.test", "tests.container")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests" / "unit").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_a_unit_test_needs_no_other_room(path):
+    """`make test-unit` works without an engine's client, without root and without pyroute2."""
+    assert [name for name in imports(path) if name.startswith(ROOT_ROOMS)] == []
+
+
+def test_the_product_imports_neither_lab_nor_bench_nor_tests():
+    product = [*(ROOT / "agent").rglob("*.py"), *(ROOT / "rules").rglob("*.py")]
+    found = {
+        (path.relative_to(ROOT).parts[:2], name.partition(".")[0])
+        for path in product
+        for name in imports(path)
+        if name.partition(".")[0] in ("tests", "bench", "lab")
+    }
+    # `sliceproxy demo` runs lab in a checkout, and elsewhere names the place to get it
+    assert found <= {(("agent", "cli"), "lab")}
