@@ -74,8 +74,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lists", choices=("streamed", "pages"), default="streamed", help="how lists are sent"
     )
-    parser.add_argument("--kube-proxy", type=Path, metavar="BINARY", help="measure this one")
-    parser.add_argument("--kubeconfig", type=Path, metavar="FILE", help="for kube-proxy, if needed")
     arguments = parser.parse_args()
     if arguments.output is None:
         arguments.output = ROOT / "build" / "bench-quick" if arguments.quick else OUTPUT
@@ -103,19 +101,6 @@ def _measure(arguments: argparse.Namespace) -> int:
     chosen = {arguments.what} if arguments.what != "all" else {"all"}
     everything = "all" in chosen
     try:
-        if arguments.kube_proxy:
-            from bench import kube_proxy
-
-            theirs = Results(arguments.output, quick=arguments.quick, program="kube-proxy")
-            for size in sizes:
-                kube_proxy.measure(
-                    chosen,
-                    size,
-                    repeats,
-                    theirs,
-                    binary=arguments.kube_proxy,
-                    kubeconfig=arguments.kubeconfig,
-                )
         wanted = set(MEASURES) if everything else chosen & set(MEASURES)
         for size in sizes if wanted else ():
             measure(wanted, size, repeats, results, streams=streams)

@@ -130,7 +130,7 @@ def _wake_up() -> float:
 class Results:
     """The results of a run, one file for each measure, written after each size."""
 
-    def __init__(self, directory: Path, *, quick: bool, program: str = "sliceproxy") -> None:
+    def __init__(self, directory: Path, *, quick: bool) -> None:
         self._directory = directory
         self._head = {
             "format": FORMAT,
@@ -142,7 +142,6 @@ class Results:
             "machine": machine(),
             "quick": quick,
         }
-        self._program = program
         self.prefix = ""
         self._runs: dict[str, list[dict[str, Any]]] = {}
 
@@ -172,14 +171,8 @@ class Results:
 
     def write(self, measure: str) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        content = {
-            **self._head,
-            "measure": measure,
-            "program": self._program,
-            "runs": self._runs[measure],
-        }
-        suffix = "" if self._program == "sliceproxy" else f"-{self._program}"
-        path = self._directory / f"{measure}{suffix}.json"
+        content = {**self._head, "measure": measure, "runs": self._runs[measure]}
+        path = self._directory / f"{measure}.json"
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
