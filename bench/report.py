@@ -218,8 +218,8 @@ def _theirs(runs: Runs) -> Iterable[str]:
     yield ""
     yield "| measure | kube-proxy 1.36.2 | listing by netlink, as 1.37 | sliceproxy 0.1 |"
     yield "|---|---|---|---|"
-    for row in ELSEWHERE:
-        yield f"| {' | '.join(row)} |"
+    for cells_of_row in ELSEWHERE:
+        yield f"| {' | '.join(cells_of_row)} |"
     yield ""
     yield "An earlier run had other sizes too; ours are of this page's run, with prepared answers:"
     yield ""
