@@ -404,8 +404,9 @@ class _Passage:
                 self.flight = replace(self.flight, mark=self.flight.mark | bits)
                 self._note(Effect.MARKS)
             case Unmark(bits):
-                self.flight = replace(self.flight, mark=self.flight.mark & ~bits)
-                self._note(Effect.UNMARKS)
+                if self.flight.mark & bits:
+                    self.flight = replace(self.flight, mark=self.flight.mark & ~bits)
+                    self._note(Effect.UNMARKS)
             case GoBy(fields, named):
                 return self._go_by(fields, named)
             case Translate(fields, named):

@@ -15,7 +15,7 @@ from pyroute2 import IPRoute
 from agent.kernel.addresses import read as read_addresses
 from lab.world import World
 from rules.frontends import destination_key
-from rules.objects import PROXY_NAME_LABEL, SCTP, decode
+from rules.objects import HEADLESS_LABEL, PROXY_NAME_LABEL, SCTP, decode
 from rules.tables import SETS, balancer
 from rules.target import target_of
 from tests import manifest
@@ -168,6 +168,30 @@ def test_a_pod_that_reaches_itself_while_terminating_sees_the_nodes_address(
     leaving = net.endpoint("pod-1", ready=False, serving=True, terminating=True)
     p.put(net.service(), net.slice(leaving))
     net.expect("pod-1", net.at("cluster-ip"), ("pod-1",), seen_as="node")
+
+
+@pytest.mark.parametrize("others", [0, 0x10001])
+def test_a_pod_that_reaches_itself_loses_the_mark_bit_and_keeps_others(
+    proxy: Start, net: Net, world: World, others: int
+) -> None:
+    """A hairpin at an external address is marked, and another rule masquerades it first."""
+    p = proxy(cluster_cidr=CLUSTER_CIDR)
+    p.put(net.service(), net.slice("pod-1"))
+    commands = "\n".join(
+        (
+            "add table inet other",
+            "add chain inet other first { type filter hook prerouting priority -150; }",
+            f"add rule inet other first ct direction original meta mark set {others:#x}",
+            "add chain inet other last { type filter hook postrouting priority 150; }",
+            f"add rule inet other last ct direction original meta mark != {others:#x} drop",
+        )
+    )
+    world.run("node", nft, commands)
+    try:
+        for frontend in ALL:
+            net.expect("pod-1", net.at(frontend), ("pod-1",), seen_as="node")
+    finally:
+        world.run("node", nft, "delete table inet other")
 
 
 # --- cluster IPs: internalTrafficPolicy ----------------------------------------------------------
@@ -534,6 +558,33 @@ def test_a_client_outside_the_ranges_learns_nothing_of_missing_endpoints(
     net.expect_refusal(net.at("balancer-ip"), "client")
 
 
+def test_ranges_that_become_narrower_stop_a_udp_flow_that_has_had_no_answer(
+    proxy: Start, net: Net, world: World
+) -> None:
+    """Conntrack knows the flow, so nat chains are not asked about it again."""
+    deaf = 9999  # nothing answers, and a router on the path drops the ICMP error
+    ports = [{"name": "dns", "port": deaf, "protocol": "UDP"}]
+    p = proxy()
+    p.put(
+        net.service(loadBalancerSourceRanges=[*CLIENT_RANGES, "0.0.0.0/0", "::/0"]),
+        net.slice("pod-1", ports=ports),
+    )
+    family = socket.AF_INET if net.family == 4 else socket.AF_INET6
+    received = world.socket("pod-1", family, socket.SOCK_DGRAM)
+    sender = world.socket("stranger", family, socket.SOCK_DGRAM)
+    with received, sender:
+        received.bind(("", deaf))
+        received.settimeout(2)
+        sender.sendto(b"before", net.at("balancer-ip"))
+        assert received.recv(64) == b"before"
+        p.put(net.service(loadBalancerSourceRanges=CLIENT_RANGES))
+        received.settimeout(0.3)
+        sender.sendto(b"after", net.at("balancer-ip"))
+        with pytest.raises(TimeoutError):
+            received.recv(64)
+    p.check()
+
+
 # --- nobody to answer ----------------------------------------------------------------------------
 
 
@@ -648,8 +699,8 @@ def test_services_of_another_proxy_are_left_to_it(proxy: Start, net: Net, proxy_
     slices = manifest.slice_document(
         "web", [net.endpoint("pod-1")], ports=SLICE_PORTS, family=f"IPv{net.family}"
     )
+    service["metadata"]["labels"] = {PROXY_NAME_LABEL: "other"}
     for document in (service, slices):
-        document["metadata"].setdefault("labels", {})[PROXY_NAME_LABEL] = "other"
         p.put(decode(document["kind"], msgspec.json.encode(document)))
     own = net.service("own", cluster_ips=[net.other_cluster_ip])
     p.put(own, net.slice("pod-2", service="own"))
@@ -658,6 +709,68 @@ def test_services_of_another_proxy_are_left_to_it(proxy: Start, net: Net, proxy_
         answering, silent = (net.other_cluster_ip, "pod-2"), net.cluster_ip
     net.expect("client", (answering[0], 80), (answering[1],), seen_as="client")
     net.expect_silence((silent, 80))
+
+
+def test_a_service_with_a_cluster_ip_and_the_headless_label_is_served(
+    proxy: Start, net: Net
+) -> None:
+    """Only EndpointSlices are selected by that label; its slices here do not have it."""
+    document = manifest.service_document(cluster_ips=[net.cluster_ip], ports=SERVICE_PORTS)
+    document["metadata"]["labels"] = {HEADLESS_LABEL: ""}
+    p = proxy()
+    p.put(manifest.of(document), net.slice("pod-1"))
+    net.expect("client", net.at("cluster-ip"), ("pod-1",), seen_as="client")
+
+
+def test_slices_with_a_proxy_name_count_and_headless_ones_do_not(proxy: Start, net: Net) -> None:
+    p = proxy()
+    p.put(net.service(), net.slice("pod-1"))
+    for pod, label in (("pod-2", PROXY_NAME_LABEL), ("pod-4", HEADLESS_LABEL)):
+        document = manifest.slice_document(
+            "web",
+            [net.endpoint(pod)],
+            name=f"web-{pod}",
+            ports=SLICE_PORTS,
+            family=f"IPv{net.family}",
+        )
+        document["metadata"]["labels"][label] = "any"
+        p.put(manifest.of(document))
+    net.expect("client", net.at("cluster-ip"), ("pod-1", "pod-2"), seen_as="client")
+
+
+def test_external_addresses_of_a_family_without_a_cluster_ip_are_left_alone(
+    proxy: Start, net: Net, world: World
+) -> None:
+    """Whatever else answers there, another load balancer for instance."""
+    other = Net(world, 10 - net.family)
+    p = proxy()
+    p.put(
+        net.service(cluster_ips=[other.cluster_ip], ports=[{"name": "web", "port": 80}]),
+        net.slice("pod-1"),
+        other.slice("pod-2"),
+    )
+    assert p.in_kernel()[SETS[net.family].service_ips] == {}
+    assert p.in_kernel()[SETS[net.family].reject_ips] == {}
+    for frontend in ("external-ip", "balancer-ip"):
+        net.expect_silence(net.at(frontend))
+
+
+def test_external_ips_are_not_served_where_the_cluster_does_not_allow_them(
+    proxy: Start, net: Net
+) -> None:
+    p = proxy()
+    p.state.options = msgspec.structs.replace(p.state.options, external_ips=False)
+    p.put(net.service(), net.slice("pod-1"))
+    net.expect_silence(net.at("external-ip"))
+    net.expect("client", net.at("balancer-ip"), ("pod-1",), seen_as="node")
+    net.expect("client", net.at("cluster-ip"), ("pod-1",), seen_as="client")
+
+
+def test_names_may_begin_with_a_digit(proxy: Start, net: Net) -> None:
+    """KEP-5311 (RelaxedServiceNameValidation)."""
+    p = proxy()
+    p.put(net.service("1web"), net.slice("pod-1", service="1web"))
+    net.expect("client", net.at("cluster-ip"), ("pod-1",), seen_as="client")
 
 
 # --- which endpoints -----------------------------------------------------------------------------
