@@ -1,18 +1,32 @@
-"""What `healthCheckNodePort` has to answer: how many ready endpoints are on this node."""
+"""The answer of `healthCheckNodePort`: how many ready endpoints are on this node."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from rules.frontends import FAMILY_OF_LENGTH
 from rules.objects import READY, EndpointSlice, Service
 
 
 class HealthCheck(NamedTuple):
-    """A Service's health check port, and how many ready endpoints it has on this node."""
+    """A Service's health check port, and its ready endpoints on this node, per family.
+
+    A count is None where the Service has no cluster IP of that family.
+    """
 
     port: int
-    endpoints: int
+    ipv4: int | None
+    ipv6: int | None = None
+
+    def endpoints(self, family: int) -> int:
+        """The count for a request that arrived over IPv4 (4) or IPv6 (6).
+
+        A load balancer may probe a Service of one family over the other, so a family that the
+        Service does not have answers with the count of the one that it has.
+        """
+        first, second = (self.ipv4, self.ipv6) if family == 4 else (self.ipv6, self.ipv4)
+        return (first if first is not None else second) or 0
 
 
 def health_check(
@@ -20,14 +34,16 @@ def health_check(
 ) -> HealthCheck | None:
     """What a Service's health check port has to answer; None if it has none.
 
-    An endpoint is an address, however many ports it has. In a Service of both families a pod has
-    one of each, so the families are not added up.
+    An endpoint is an address, however many ports it has.
     """
     if not (service.proxied and service.external_local and service.health_check_node_port):
         return None
     here: dict[int, set[bytes]] = {4: set(), 6: set()}
     for piece in slices:
-        for endpoint in piece.endpoints if piece.ports else ():
-            if endpoint.node == node and endpoint.conditions & READY:
-                here[piece.family].add(endpoint.address)
-    return HealthCheck(service.health_check_node_port, max(map(len, here.values())))
+        if piece.ports and piece.family in here:
+            here[piece.family].update(
+                e.address for e in piece.endpoints if e.node == node and e.conditions & READY
+            )
+    families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
+    ipv4, ipv6 = (len(here[family]) if family in families else None for family in (4, 6))
+    return HealthCheck(service.health_check_node_port, ipv4, ipv6)

@@ -137,11 +137,13 @@ class Answer(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The head of an HTTP request. The path is without its query; header names are lower case."""
+    """The head of an HTTP request. The path is without its query; header names are lower case.
+    `family` is that of the connection, 4 or 6."""
 
     method: str
     path: str
     headers: Mapping[str, str]
+    family: int = 4
 
 
 Respond = Callable[[Request], Answer]
@@ -413,6 +415,7 @@ class Server:
         if request is None:
             return encoded(_BAD_REQUEST)
         try:
+            request = request._replace(family=_family(connection.socket))
             answer = connection.respond(request)
         except Exception as error:
             self._log.error("request failed", path=request.path, error=repr(error))
@@ -425,6 +428,12 @@ class Server:
         connection.socket.shutdown(socket.SHUT_WR)
         key = self._selector.get_key(connection.socket)
         self._selector.modify(connection.socket, selectors.EVENT_READ, key.data)
+
+
+def _family(connection: socket.socket) -> int:
+    """4 or 6; a client of a socket for both families has a mapped address where it uses IPv4."""
+    address = connection.getsockname()[0]
+    return 6 if ":" in address and not address.startswith("::ffff:") else 4
 
 
 def parsed(head: bytes) -> Request | None:
@@ -528,9 +537,9 @@ class HealthServers:
         return answer
 
     def _respond_for(self, name: Name) -> Respond:
-        def respond(_request: Request) -> Answer:
+        def respond(request: Request) -> Answer:
             check = self._checks.get(name)  # the whole mapping is replaced, so there is no lock
-            endpoints = check.endpoints if check else 0
+            endpoints = check.endpoints(request.family) if check else 0
             healthy = self._heartbeat.health().healthy
             return service_answer(name, endpoints, healthy=healthy)
 

@@ -476,7 +476,7 @@ def service(**changes: Any) -> ServiceObject:
         "proxy_name": None,
         "headless": False,
         "proxied": True,
-        "cluster_ips": (),
+        "cluster_ips": (IPV4, IPV6),
         "external_ips": (),
         "load_balancer_ips": (),
         "ports": (),
@@ -487,6 +487,9 @@ def service(**changes: Any) -> ServiceObject:
         "health_check_node_port": 32000,
     }
     return ServiceObject(**{**fields, **changes})
+
+
+IPV4, IPV6 = bytes(4), bytes(16)
 
 
 def piece(family: int, *endpoints: tuple[str, int, str], ports: int = 1) -> EndpointSlice:
@@ -504,28 +507,39 @@ def piece(family: int, *endpoints: tuple[str, int, str], ports: int = 1) -> Endp
 @pytest.mark.parametrize(
     ("changes", "slices", "expected"),
     [
-        ({}, [], 0),
-        ({}, [piece(4, ("10.0.0.1", READY | SERVING, "here"))], 1),
-        ({}, [piece(4, ("10.0.0.1", READY | SERVING, "there"))], 0),
-        ({}, [piece(4, ("10.0.0.1", SERVING | TERMINATING, "here"))], 0),
-        ({}, [piece(4, ("10.0.0.1", READY, "here"), ports=3)], 1),
-        ({}, [piece(4, ("10.0.0.1", READY, "here"), ports=0)], 0),
-        ({}, [piece(4, ("10.0.0.1", READY, "here"))] * 2, 1),
+        ({}, [], (0, 0)),
+        ({}, [piece(4, ("10.0.0.1", READY | SERVING, "here"))], (1, 0)),
+        ({}, [piece(4, ("10.0.0.1", READY | SERVING, "there"))], (0, 0)),
+        ({}, [piece(4, ("10.0.0.1", SERVING | TERMINATING, "here"))], (0, 0)),
+        ({}, [piece(4, ("10.0.0.1", READY, "here"), ports=3)], (1, 0)),
+        ({}, [piece(4, ("10.0.0.1", READY, "here"), ports=0)], (0, 0)),
+        ({}, [piece(4, ("10.0.0.1", READY, "here"))] * 2, (1, 0)),
         (
             {},
             [
                 piece(4, ("10.0.0.1", READY, "here"), ("10.0.0.2", READY, "here")),
                 piece(6, ("fd00::1", READY, "here")),
             ],
-            2,
+            (2, 1),
         ),
+        # a Service of one family answers by it whatever the load balancer probes over
+        ({"cluster_ips": (IPV4,)}, [piece(4, ("10.0.0.1", READY, "here"))], (1, 1)),
+        ({"cluster_ips": (IPV6,)}, [piece(6, ("fd00::1", READY, "here"))], (1, 1)),
         ({"external_local": False}, [], None),
         ({"health_check_node_port": 0}, [], None),
         ({"proxied": False}, [], None),
     ],
 )
 def test_local_ready_endpoints(
-    changes: dict[str, Any], slices: list[EndpointSlice], expected: int | None
+    changes: dict[str, Any], slices: list[EndpointSlice], expected: tuple[int, int] | None
 ) -> None:
+    """Over IPv4 and over IPv6."""
     check = health_check(service(**changes), slices, "here")
-    assert (check and check.endpoints) == expected
+    assert (check and (check.endpoints(4), check.endpoints(6))) == expected
+
+
+def test_a_health_check_port_answers_each_family_by_its_own_endpoints(world: World) -> None:
+    world.servers.update({WEB: HealthCheck(port := free_port(), ipv4=2, ipv6=0)})
+    assert world.servers.settle()
+    assert ask(port)[0] == 200
+    assert ask(port, host="::1")[0] == 503
