@@ -30,7 +30,7 @@ from rules.objects import (
     address_text,
 )
 from rules.program import PortLists, port_lists
-from rules.selection import Place, Selection, reason
+from rules.selection import NodeLocation, Selection, reason
 from rules.state import State
 from rules.target import Target, target_of
 
@@ -113,7 +113,7 @@ def endpoints(state: State, name_text: str) -> EndpointTable:
         str(service.name),
         around.place.node,
         around.place.zone,
-        tuple(_port_tables(service, ports, slices, around.place)),
+        tuple(_port_tables(service, ports, slices, around.place, external_ips=around.external_ips)),
         tuple(_notes(state, service)),
     )
 
@@ -161,7 +161,7 @@ class _Policy(NamedTuple):
     def of(cls, selection: Selection) -> _Policy:
         return cls(selection, frozenset(selection.targets))
 
-    def use(self, endpoint: Endpoint, target: Target, place: Place) -> Use:
+    def use(self, endpoint: Endpoint, target: Target, place: NodeLocation) -> Use:
         if target in self.targets:
             return Use(True, self.selection.basis.value)
         # `reason` would look for the target among all of them, once for every row
@@ -169,9 +169,14 @@ class _Policy(NamedTuple):
 
 
 def _port_tables(
-    service: Service, ports: Iterable[ServicePort], slices: list[EndpointSlice], place: Place
+    service: Service,
+    ports: Iterable[ServicePort],
+    slices: list[EndpointSlice],
+    place: NodeLocation,
+    *,
+    external_ips: bool,
 ) -> Iterator[PortTable]:
-    of_service = list(frontends(service))
+    of_service = list(frontends(service, external_ips=external_ips))
     for port in ports:
         for family in (4, 6):
             using = [f for f in of_service if f.service_port == port and f.family == family]
@@ -179,7 +184,9 @@ def _port_tables(
                 yield _port_table(using, slices, place)
 
 
-def _port_table(using: list[Frontend], slices: list[EndpointSlice], place: Place) -> PortTable:
+def _port_table(
+    using: list[Frontend], slices: list[EndpointSlice], place: NodeLocation
+) -> PortTable:
     """The table of one port in one family, whose frontends are `using`."""
     frontend = using[0]
     port, family = frontend.service_port, frontend.family
@@ -237,7 +244,7 @@ def _row(
     item: tuple[Endpoint, int, str],
     lists: PortLists,
     policies: tuple[_Policy | None, _Policy | None],
-    place: Place,
+    place: NodeLocation,
 ) -> Row:
     endpoint, port, slice_name = item
     target = target_of(endpoint.address, port)

@@ -68,23 +68,27 @@ def destination_key(address: Address, protocol: int, port: int) -> bytes:
     return address + bytes((protocol, 0, 0, 0)) + packed_port(port)
 
 
-def frontends(service: Service) -> Iterator[Frontend]:
+def frontends(service: Service, *, external_ips: bool = True) -> Iterator[Frontend]:
     """All addresses at which the Service answers, those that win within the Service first.
 
-    A node port answers in every family in which the Service has a cluster IP.
+    A Service answers only in the families in which it has a cluster IP: an external or load
+    balancer IP of another family is left untouched. `external_ips` is false where the cluster does
+    not serve `spec.externalIPs` (feature gate AllowServiceExternalIPs, KEP-5707).
     """
     if not service.proxied:
         return
+    families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
     for kind, addresses, local in (
         (Kind.CLUSTER_IP, service.cluster_ips, service.internal_local),
         (Kind.LOAD_BALANCER_IP, service.load_balancer_ips, service.external_local),
-        (Kind.EXTERNAL_IP, service.external_ips, service.external_local),
+        (Kind.EXTERNAL_IP, service.external_ips if external_ips else (), service.external_local),
     ):
         for address in addresses:
             family = FAMILY_OF_LENGTH[len(address)]
+            if family not in families:
+                continue
             for port in service.ports:
                 yield Frontend(kind, family, address, port.protocol, port.port, port, local)
-    families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
     for family in FAMILIES:
         for port in service.ports if family in families else ():
             if port.node_port:

@@ -129,7 +129,7 @@ class SlicePort(NamedTuple):
 class EndpointSlice(msgspec.Struct, frozen=True):
     """A slice. `family` is 4 or 6, or 0 where the slice holds no addresses a proxy can use.
 
-    `proxy_name` and `headless` are labels, as a Service's.
+    `proxy_name` and `headless` are labels, as a Service's; `created` is as a Service's, too.
     """
 
     name: Name
@@ -141,6 +141,7 @@ class EndpointSlice(msgspec.Struct, frozen=True):
     endpoints: tuple[Endpoint, ...]
     triggered: str = ""
     problems: tuple[str, ...] = ()
+    created: str = ""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -567,6 +568,7 @@ def _slice(shape: _SliceShape) -> EndpointSlice:
         endpoints=_endpoints(endpoints, _PACKED_LENGTH[family], problems) if family else (),
         triggered=(shape.metadata.annotations or {}).get(TRIGGER_TIME_ANNOTATION, ""),
         problems=tuple(problems),
+        created=sys.intern(shape.metadata.creation_timestamp or ""),
     )
 
 

@@ -18,7 +18,7 @@ from rules.frontends import Frontend, Kind, frontends
 from rules.language import Set
 from rules.objects import UDP, Address, Endpoint, EndpointSlice, Service
 from rules.selection import (
-    Place,
+    NodeLocation,
     Selection,
     candidates,
     cluster_list,
@@ -41,13 +41,15 @@ _NONE: frozenset[Any] = frozenset()  # Python makes a new one, of 216 bytes, eac
 class Surroundings(NamedTuple):
     """What a Service's program depends on besides the Service: the node and the options.
 
-    `tells_pods` holds the families in which pods of this node can be told from others.
+    `tells_pods` holds the families in which pods of this node can be told from others;
+    `external_ips` says whether external IPs are served at all.
     """
 
-    place: Place
+    place: NodeLocation
     node_addresses: tuple[Address, ...] = ()
     masquerade_all: bool = False
     tells_pods: frozenset[int] = frozenset()
+    external_ips: bool = True
 
 
 class Claim(NamedTuple):
@@ -103,7 +105,9 @@ class PortLists(NamedTuple):
     serving: frozenset[Target] = _NONE
 
 
-def port_lists(frontend: Frontend, slices: Iterable[EndpointSlice], place: Place) -> PortLists:
+def port_lists(
+    frontend: Frontend, slices: Iterable[EndpointSlice], place: NodeLocation
+) -> PortLists:
     """Both lists of the Service port that the frontend belongs to."""
     port = frontend.service_port
     found = candidates(slices, frontend.family, port.name, port.protocol)
@@ -123,7 +127,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
     shared: dict[Owned, None] = {}
     affinity: set[tuple[int, int]] = set()
     guarded: set[int] = set()
-    for frontend in frontends(service):
+    for frontend in frontends(service, external_ips=around.external_ips):
         claim = claim_of(frontend)
         if claim in wanted:
             continue

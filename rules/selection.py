@@ -19,12 +19,12 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import NamedTuple
 
-from rules.objects import READY, SERVING, TERMINATING, Endpoint, EndpointSlice
+from rules.objects import READY, SERVING, TERMINATING, Endpoint, EndpointSlice, Service
 from rules.target import Target, packed_port
 
 
-class Place(NamedTuple):
-    """Where this node stands: its name and its zone, "" if it has none."""
+class NodeLocation(NamedTuple):
+    """This node: its name and its zone, "" if it has none."""
 
     node: str
     zone: str
@@ -55,9 +55,11 @@ def candidates(
     """The endpoints of one Service port in one family, from all its slices, each once.
 
     A slice's port matches by name and protocol. While the controller moves an endpoint between
-    slices it may stand in two of them: then the copy in the better condition counts.
+    slices, both may hold a copy. A ready copy counts before one that is not; otherwise the copy in
+    the younger slice counts, which the controller wrote last.
     """
     found: dict[Target, Endpoint] = {}
+    ages: dict[Target, str] = {}
     for piece in slices:
         if piece.family != family:
             continue
@@ -66,14 +68,33 @@ def candidates(
                 tail = packed_port(port)
                 for endpoint in piece.endpoints:
                     target = endpoint.address + tail
-                    if target not in found or _rank(endpoint) > _rank(found[target]):
+                    if target not in found or _precedence(endpoint, piece.created) > _precedence(
+                        found[target], ages[target]
+                    ):
                         found[target] = endpoint
+                        ages[target] = piece.created
     return found
+
+
+def service_is_ours(service: Service, proxy_name: str) -> bool:
+    """Whether this proxy serves the Service: by its `service-proxy-name` label alone."""
+    return service.proxy_name == (proxy_name or None)
+
+
+def slice_is_ours(piece: EndpointSlice) -> bool:
+    """Whether the slice may give endpoints. The slices of headless Services carry the label
+    `headless`; a Service with a cluster IP may carry that label too, and is served."""
+    return not piece.headless
 
 
 def serving(found: Mapping[Target, Endpoint]) -> frozenset[Target]:
     """The endpoints that serve, wherever they are and whether a list has them or not."""
     return frozenset(t for t, e in found.items() if e.conditions & (READY | SERVING))
+
+
+def _precedence(endpoint: Endpoint, created: str) -> tuple[bool, str, int]:
+    """The order among copies of one endpoint; the greatest counts."""
+    return bool(endpoint.conditions & READY), created, _rank(endpoint)
 
 
 def _rank(endpoint: Endpoint) -> int:
@@ -86,7 +107,7 @@ def _leaving(endpoint: Endpoint) -> bool:
     return endpoint.conditions & (SERVING | TERMINATING) == SERVING | TERMINATING
 
 
-def cluster_list(found: Mapping[Target, Endpoint], place: Place) -> Selection:
+def cluster_list(found: Mapping[Target, Endpoint], place: NodeLocation) -> Selection:
     """What this node uses under traffic policy Cluster."""
     ready = [(t, e) for t, e in found.items() if e.conditions & READY]
     if not ready:
@@ -103,7 +124,7 @@ def cluster_list(found: Mapping[Target, Endpoint], place: Place) -> Selection:
     return Selection(Basis.READY, tuple(t for t, _ in ready))
 
 
-def local_list(found: Mapping[Target, Endpoint], place: Place) -> Selection:
+def local_list(found: Mapping[Target, Endpoint], place: NodeLocation) -> Selection:
     """What this node uses under traffic policy Local."""
     here = [(t, e) for t, e in found.items() if e.node == place.node]
     ready = tuple(t for t, e in here if e.conditions & READY)
@@ -113,7 +134,7 @@ def local_list(found: Mapping[Target, Endpoint], place: Place) -> Selection:
     return Selection(Basis.LOCAL_TERMINATING if leaving else Basis.NONE, leaving)
 
 
-def reason(endpoint: Endpoint, target: Target, selection: Selection, place: Place) -> str:
+def reason(endpoint: Endpoint, target: Target, selection: Selection, place: NodeLocation) -> str:
     """Why this endpoint is used under this selection, or why not: a clause for people."""
     if target in selection.targets:
         return selection.basis.value

@@ -51,7 +51,7 @@ from rules.objects import (
 )
 from rules.options import DetectLocalMode, Options, in_networks
 from rules.program import NOTHING, Claim, Owned, Program, Surroundings, no_local_endpoints, program
-from rules.selection import Place
+from rules.selection import NodeLocation, service_is_ours, slice_is_ours
 from rules.stale_flows import Flow, Serving, is_stale, is_udp
 from rules.tables import FAMILIES, SETS, Layout, PodInterface, build
 from rules.text import Key, Value
@@ -102,7 +102,7 @@ class State:
         self._affinity: Counter[tuple[int, int]] = Counter()
         self._guarded: Counter[int] = Counter()
         self._node_elements: frozenset[Owned] = frozenset()
-        self._around = Surroundings(Place(options.node, options.zone))
+        self._around = Surroundings(NodeLocation(options.node, options.zone))
         self._tables: dict[int, Table] = {}
 
     # what is known
@@ -175,10 +175,7 @@ class State:
 
     def slices_of(self, service: Name) -> list[EndpointSlice]:
         """The slices of a Service that are ours to proxy, ordered by name."""
-        return [s for s in self.slices.get(service, ()) if self._ours(s)]
-
-    def _ours(self, item: Service | EndpointSlice) -> bool:
-        return item.proxy_name == (self.options.proxy_name or None) and not item.headless
+        return [s for s in self.slices.get(service, ()) if slice_is_ours(s)]
 
     # the node
 
@@ -187,10 +184,11 @@ class State:
         zone = self.options.zone or (self.node.zone if self.node else "")
         tells = frozenset(f for f in FAMILIES if self._pods(f) is not None)
         return Surroundings(
-            Place(self.options.node, zone),
+            NodeLocation(self.options.node, zone),
             self._primary(),
             self.options.masquerade_all,
             tells,
+            self.options.external_ips,
         )
 
     def _primary(self) -> tuple[Address, ...]:
@@ -218,10 +216,11 @@ class State:
         return ()
 
     def _node_port_addresses(self) -> tuple[Address, ...]:
-        primary, networks = self._primary(), self.options.node_port_networks
-        first = primary if self.options.node_port_primary else ()
-        own = self.addresses.addresses or frozenset(primary)
-        return tuple(dict.fromkeys((*first, *(a for a in sorted(own) if in_networks(a, networks)))))
+        networks = self.options.node_port_networks
+        if networks is None:
+            return self._primary()
+        own = self.addresses.addresses or frozenset(self._primary())
+        return tuple(a for a in sorted(own) if in_networks(a, networks))
 
     def _wanted_of_node(self) -> Iterator[Owned]:
         for address in self._node_port_addresses():
@@ -366,7 +365,7 @@ class State:
     def _reprogram(self, name: Name, counted: dict[Owned, bool]) -> set[Claim]:
         """Computes a Service's program; returns the claims whose outcome may be another now."""
         service = self.services.get(name)
-        if service and not self._ours(service):
+        if service and not service_is_ours(service, self.options.proxy_name):
             service = None
         slices = self.slices_of(name) if service else []
         new = program(service, slices, self._around) if service else NOTHING

@@ -80,6 +80,7 @@ def slice_document(
     namespace: str = "default",
     ports: Sequence[dict[str, Any]] = ({"name": "http", "port": 8080},),
     family: str | None = None,
+    created: str | None = CREATED,
 ) -> dict[str, Any]:
     if family is None:
         v6 = bool(endpoints) and ":" in endpoints[0]["addresses"][0]
@@ -90,6 +91,7 @@ def slice_document(
             "name": name or f"{service}-{family.lower()}",
             "namespace": namespace,
             "labels": {"kubernetes.io/service-name": service},
+            "creationTimestamp": created,
         },
         "addressType": family,
         "endpoints": list(endpoints),

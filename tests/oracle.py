@@ -137,17 +137,18 @@ def goodness(endpoint: Endpoint) -> int:
 def endpoints_of(
     slices: Iterable[EndpointSlice], family: int, port: ServicePort
 ) -> dict[Target, Endpoint]:
-    """Every endpoint of a Service port, once: of several copies the best, of equally good ones
-    that in the slice with the first name."""
-    found: dict[Target, Endpoint] = {}
+    """Every endpoint of a Service port, once. Of several copies a ready one, else the one in the
+    youngest slice; of slices of one age the better copy, then that in the slice named first."""
+    copies: dict[Target, list[tuple[bool, str, int, Endpoint]]] = {}
     for piece in sorted(slices, key=lambda s: s.name):
         for name, protocol, number in piece.ports:
             if piece.family == family and (name, protocol) == (port.name, port.protocol):
                 for endpoint in piece.endpoints:
-                    target = Target(endpoint.address, number)
-                    if target not in found or goodness(endpoint) > goodness(found[target]):
-                        found[target] = endpoint
-    return found
+                    good = goodness(endpoint)
+                    copies.setdefault(Target(endpoint.address, number), []).append(
+                        (good == 2, piece.created, good, endpoint)
+                    )
+    return {t: max(of_target, key=lambda copy: copy[:3])[3] for t, of_target in copies.items()}
 
 
 def cluster_list(found: Mapping[Target, Endpoint], node: str, zone: str) -> frozenset[Target]:
@@ -172,13 +173,11 @@ def local_list(found: Mapping[Target, Endpoint], node: str) -> frozenset[Target]
 # --- what a Service means -----------------------------------------------------------------------
 
 
-def is_ours(item: Service | EndpointSlice, options: Options) -> bool:
-    """The label selector of the watch."""
-    if item.headless:
-        return False
+def is_ours(service: Service, options: Options) -> bool:
+    """Services are selected by the name of their proxy alone, whatever else their labels say."""
     if options.proxy_name:
-        return item.proxy_name == options.proxy_name
-    return item.proxy_name is None
+        return service.proxy_name == options.proxy_name
+    return service.proxy_name is None
 
 
 def primary_addresses(objects: Objects) -> dict[int, bytes]:
@@ -280,15 +279,18 @@ def behaviours(
             ),
         )
 
+    families = {family_of(a) for a in service.cluster_ips}
     for kind, addresses in (
         ("cluster IP", service.cluster_ips),
         ("load balancer IP", service.load_balancer_ips),
-        ("external IP", service.external_ips),
+        ("external IP", service.external_ips if options.external_ips else ()),
     ):
         for address in addresses:
+            family = family_of(address)
             for port in service.ports:
-                answers(Where(family_of(address), address, port.protocol, port.port), port, kind)
-    for family in {family_of(a) for a in service.cluster_ips}:
+                if family in families:  # others are no addresses of this Service
+                    answers(Where(family, address, port.protocol, port.port), port, kind)
+    for family in families:
         for port in service.ports:
             if port.node_port:
                 answers(Where(family, b"", port.protocol, port.node_port), port, "node port")
@@ -299,8 +301,7 @@ def hairpins(
     service: Service, slices: tuple[EndpointSlice, ...], options: Options, zone: str
 ) -> Iterator[bytes]:
     """The addresses of endpoints on this node that the Service's lists hold."""
-    addresses = (*service.cluster_ips, *service.load_balancer_ips, *service.external_ips)
-    for family in {family_of(a) for a in addresses}:
+    for family in {family_of(a) for a in service.cluster_ips}:
         for port in service.ports:
             found = endpoints_of(slices, family, port)
             for target in cluster_list(found, options.node, zone) | local_list(found, options.node):
@@ -311,8 +312,9 @@ def hairpins(
 # --- the whole ----------------------------------------------------------------------------------
 
 
-def slices_of(service: Service, objects: Objects, options: Options) -> tuple[EndpointSlice, ...]:
-    return tuple(s for s in objects.slices if s.service == service.name and is_ours(s, options))
+def slices_of(service: Service, objects: Objects) -> tuple[EndpointSlice, ...]:
+    """Slices are selected by the label `headless` alone."""
+    return tuple(s for s in objects.slices if s.service == service.name and not s.headless)
 
 
 def proxied(objects: Objects, options: Options) -> list[Service]:
@@ -337,7 +339,7 @@ def expected(objects: Objects, options: Options) -> Picture:
     reaching_themselves: set[bytes] = set()
     timeouts: dict[int, set[int]] = {family: set() for family in FAMILIES}
     for service in proxied(objects, options):
-        slices = slices_of(service, objects, options)
+        slices = slices_of(service, objects)
         for where, behaviour in behaviours(service, slices, objects, options).items():
             frontends.setdefault(where, behaviour)
             if behaviour.affinity:

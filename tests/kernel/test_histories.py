@@ -118,6 +118,7 @@ def options(draw: st.DrawFn) -> Options:
         else (),
         interface="cni0" if interface else "",
         node_port_networks=networks and tuple(map(parse_network, networks)),
+        external_ips=draw(st.sampled_from((True, True, True, False))),
     )
 
 
@@ -459,9 +460,10 @@ class Histories(RuleBasedStateMachine):
     def put_slice(
         self, name: Name, service: str, ports: list[Any], data: st.DataObject, more: bool
     ) -> None:
-        """The same address may come in several slices, and twice in one."""
+        """The same address may be in several slices, older or younger ones, and twice in one."""
         found = data.draw(st.lists(endpoints(SLICES[name]), max_size=6))
-        self._put_slice(name, service, found, ports, more)
+        created = data.draw(st.sampled_from(AGES))
+        self._put_slice(name, service, found, ports, more, created=created)
 
     @rule(
         name=st.sampled_from(sorted(SLICES)),
@@ -607,11 +609,24 @@ class Histories(RuleBasedStateMachine):
         self._tell(more, Upsert(new))
 
     def _put_slice(
-        self, name: Name, service: str, found: list[Any], ports: list[Any], more: bool
+        self,
+        name: Name,
+        service: str,
+        found: list[Any],
+        ports: list[Any],
+        more: bool,
+        *,
+        created: str | None = AGES[0],
     ) -> None:
         family = f"IPv{SLICES[name]}"
         document = manifest.slice_document(
-            service, found, name=name.name, namespace=name.namespace, ports=ports, family=family
+            service,
+            found,
+            name=name.name,
+            namespace=name.namespace,
+            ports=ports,
+            family=family,
+            created=created,
         )
         if self.options.proxy_name:
             document["metadata"]["labels"]["service.kubernetes.io/service-proxy-name"] = "mine"

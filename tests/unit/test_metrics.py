@@ -29,7 +29,7 @@ from rules.diff import Change
 from rules.events import Delete, NodeAddresses, Synced, Upsert
 from rules.objects import Endpoint, EndpointSlice, Name, Service, ServicePort, SlicePort
 from rules.program import Surroundings, no_local_endpoints, program
-from rules.selection import Place
+from rules.selection import NodeLocation
 from rules.tables import SETS, Layout, build
 from rules.transaction import TableChange, Transaction
 
@@ -417,12 +417,12 @@ def test_connections_are_asked_for_at_a_scrape() -> None:
 def test_services_with_nothing_here(
     changes: dict[str, Any], node: str, expected: set[tuple[int, str, str, int]]
 ) -> None:
-    around = Surroundings(Place("here", ""))
+    around = Surroundings(NodeLocation("here", ""))
     assert no_local_endpoints(program(service(**changes), [piece(node=node)], around)) == expected
 
 
 def test_no_endpoints_anywhere_is_no_lack_of_local_ones() -> None:
-    around = Surroundings(Place("here", ""))
+    around = Surroundings(NodeLocation("here", ""))
     assert not no_local_endpoints(program(service(internal_local=True), [], around))
 
 

@@ -22,7 +22,7 @@ from rules.objects import (
 )
 from rules.selection import (
     Basis,
-    Place,
+    NodeLocation,
     Selection,
     candidates,
     cluster_list,
@@ -32,7 +32,7 @@ from rules.selection import (
 from rules.target import target_of
 from tests import manifest, oracle
 
-HERE = Place("node-1", "z1")
+HERE = NodeLocation("node-1", "z1")
 READY_SERVING = READY | SERVING
 LEAVING = SERVING | TERMINATING
 
@@ -59,9 +59,17 @@ def piece(
     name: str = "a",
     ports: tuple[SlicePort, ...] = (SlicePort("http", TCP, 8080),),
     family: int = 4,
+    created: str = "",
 ) -> EndpointSlice:
     return EndpointSlice(
-        Name("default", name), Name("default", "web"), None, False, family, ports, endpoints
+        Name("default", name),
+        Name("default", "web"),
+        None,
+        False,
+        family,
+        ports,
+        endpoints,
+        created=created,
     )
 
 
@@ -107,6 +115,32 @@ def test_a_nil_port_number_gives_no_endpoints():
     assert nil.ports == ()
     assert nil.problems == ()
     assert candidates([nil], 4, "http", TCP) == {}
+
+
+OLD, YOUNG = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("old", "young", "counts"),
+    [
+        (LEAVING, 0, 0),
+        (0, LEAVING, LEAVING),
+        (LEAVING, SERVING, SERVING),
+        (READY_SERVING, 0, READY_SERVING),
+        (0, READY_SERVING, READY_SERVING),
+    ],
+)
+def test_of_two_copies_that_are_not_ready_the_one_in_the_younger_slice_counts(
+    old, young, counts, order
+):
+    """The controller wrote the younger slice last; a ready copy counts in any case."""
+    copies = [
+        piece(endpoint(1, old), name="z", created=OLD),
+        piece(endpoint(1, young), name="a", created=YOUNG),
+    ]
+    result = candidates([copies[i] for i in order], 4, "http", TCP)
+    assert [e.conditions for e in result.values()] == [counts]
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -242,7 +276,7 @@ def test_hints_do_not_narrow_terminating_endpoints():
 @pytest.mark.parametrize("zones", [("z1",), ("",), ("", "z1")])
 def test_a_node_without_a_zone_is_named_by_no_hint(zones):
     selection = cluster_list(
-        found(endpoint(1, zones=zones), endpoint(2, zones=("z2",))), Place("node-1", "")
+        found(endpoint(1, zones=zones), endpoint(2, zones=("z2",))), NodeLocation("node-1", "")
     )
     assert used(selection) == (Basis.READY, [1, 2])
 
@@ -296,7 +330,7 @@ def test_both_lists_are_what_a_second_reading_of_the_specification_says(content,
     mine = candidates(slices, 4, "http", TCP)
     theirs = oracle.endpoints_of(slices, 4, ServicePort("http", TCP, 80, 0))
     assert {oracle.target_of(t): e for t, e in mine.items()} == theirs
-    place = Place("node-1", zone)
+    place = NodeLocation("node-1", zone)
     for selection, wanted in (
         (cluster_list(mine, place), oracle.cluster_list(theirs, "node-1", zone)),
         (local_list(mine, place), oracle.local_list(theirs, "node-1")),
