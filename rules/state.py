@@ -128,6 +128,9 @@ class State:
                 self.services[new.name] = new
                 self._dirty.add(new.name)
             case EndpointSlice():
+                if new.service is None:  # it may have had the label until now
+                    self._drop_slice(new.name)
+                    return
                 if new in self.slices.get(new.service, ()):
                     return
                 self._drop_slice(new.name)

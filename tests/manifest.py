@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from rules.objects import EndpointSlice, Node, Object, Service, ServiceCIDR, decode
+from rules.decode import decode
+from rules.objects import EndpointSlice, Node, Object, Service, ServiceCIDR
 
 CREATED = "2026-01-01T00:00:00Z"
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import gzip
 import json
 import socket
 import ssl
@@ -39,6 +40,8 @@ Key = tuple[str, str]
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 USER = "system:serviceaccount:kube-system:sliceproxy"
 PATIENCE = 10.0
+CHUNK_BYTES = 2048
+GZIP_BYTES = 128 * 1024
 
 
 class Kind(NamedTuple):
@@ -470,10 +473,25 @@ class ApiServer:
             assert request.transport
             request.transport.abort()
             return response
-        plain = web.Response(body=body, content_type="application/json")
-        if len(body) > 128 * 1024:  # as the real one does
-            plain.enable_compression()
-        return plain
+        return await self._send_list(request, body)
+
+    @staticmethod
+    async def _send_list(request: web.Request, body: bytes) -> web.StreamResponse:
+        """As the real one sends it: in chunks if it is large, compressed if it is larger."""
+        headers = {"Content-Type": "application/json"}
+        if len(body) > GZIP_BYTES and "gzip" in request.headers.get("Accept-Encoding", ""):
+            headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+            body = gzip.compress(body, 1)
+        response = web.StreamResponse(headers=headers)
+        if len(body) > CHUNK_BYTES:
+            response.enable_chunked_encoding()
+        else:
+            response.content_length = len(body)
+        await response.prepare(request)
+        for start in range(0, len(body), CHUNK_BYTES):
+            await response.write(body[start : start + CHUNK_BYTES])
+        await response.write_eof()
+        return response
 
     async def _watch(
         self, request: web.Request, kind: Kind, query: Mapping[str, str]
@@ -680,10 +698,18 @@ def _selector(query: Mapping[str, str]) -> Callable[[Document], bool]:
     for term in filter(None, query.get("labelSelector", "").split(",")):
         tests.append(_label_test(term))
     for term in filter(None, query.get("fieldSelector", "").split(",")):
-        path, _, name = term.partition("=")
-        assert path == "metadata.name", term
-        tests.append(lambda item, name=name: item["metadata"]["name"] == name)  # type: ignore[misc]
+        tests.append(_field_test(term))
     return lambda item: all(test(item) for test in tests)
+
+
+def _field_test(term: str) -> Callable[[Document], bool]:
+    path, operator, value = term.partition("=")
+    match path:
+        case "metadata.name":
+            return lambda item: item["metadata"]["name"] == value
+        case "spec.clusterIP!":
+            return lambda item: item["spec"].get("clusterIP") != value
+    raise AssertionError(f"{path}{operator}")
 
 
 def _label_test(term: str) -> Callable[[Document], bool]:

@@ -17,9 +17,9 @@ from pyroute2 import IPRoute
 from agent.kernel import addresses
 from agent.kernel.tables import Kernel
 from lab.world import World
+from rules.decode import decode
 from rules.diff import Change, Elements, Lists, between, install, restored
 from rules.events import Event, Upsert
-from rules.objects import decode
 from rules.options import Options
 from rules.state import State
 from rules.tables import FAMILIES, SETS

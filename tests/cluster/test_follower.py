@@ -213,10 +213,11 @@ def test_requests_are_those_that_the_cluster_role_allows(server: ApiServer) -> N
         )
     }
     for seen in server.seen:
-        if seen.resource in ("services", "endpointslices"):
-            assert seen.query["labelSelector"] == (
-                "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless"
-            )
+        if seen.resource == "services":
+            assert seen.query["labelSelector"] == "!service.kubernetes.io/service-proxy-name"
+            assert seen.query["fieldSelector"] == "spec.clusterIP!=None"
+        if seen.resource == "endpointslices":
+            assert seen.query["labelSelector"] == "!service.kubernetes.io/headless"
         if seen.resource == "nodes":
             assert seen.query["fieldSelector"] == "metadata.name=node-1"
 
@@ -295,7 +296,7 @@ def test_changes(run: Run) -> None:
 
 def test_a_label_makes_a_service_foreign(run: Run) -> None:
     document = service_document("web-0")
-    document["metadata"]["labels"] = {"service.kubernetes.io/headless": ""}
+    document["metadata"]["labels"] = {"service.kubernetes.io/service-proxy-name": "other"}
     run.server.put(document)
     run.inbox.wait(lambda: not run.inbox.has("Service", "default/web-0"))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from agent.sources.kubernetes.reflector import Ask, Reflector, Timing, resources
+from rules.decode import decode_any
 from rules.events import NodeAddresses, Upsert
-from rules.objects import decode_any
 from rules.options import Options
 from rules.slots import fitting
 from rules.state import State

@@ -19,8 +19,9 @@ import pytest
 
 from lab.world import World
 from rules import text as nft
+from rules.decode import decode_any
 from rules.events import Delete, Event, Upsert
-from rules.objects import InvalidObject, Name, Object, Service, decode_any
+from rules.objects import InvalidObject, Name, Object, Service
 from rules.options import Options
 from rules.tables import SETS
 from rules.transaction import commands, encode

@@ -14,8 +14,9 @@ from pyroute2 import IPRoute
 
 from agent.kernel.addresses import read as read_addresses
 from lab.world import World
+from rules.decode import decode
 from rules.frontends import destination_key
-from rules.objects import HEADLESS_LABEL, PROXY_NAME_LABEL, SCTP, decode
+from rules.objects import HEADLESS_LABEL, PROXY_NAME_LABEL, SCTP
 from rules.tables import SETS, balancer
 from rules.target import target_of
 from tests import manifest

@@ -24,13 +24,13 @@ from agent.sources.kubernetes.reflector import (
     Timing,
     resources,
 )
+from rules.decode import decode_any
 from rules.events import Delete, Event, Upsert
 from rules.objects import (
     EndpointSlice,
     Name,
     Object,
     Service,
-    decode_any,
 )
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
@@ -537,8 +537,9 @@ def test_a_list_without_a_version_does_not_spin() -> None:
 
 
 def test_resources() -> None:
-    labels = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless"
-    assert SERVICES.label_selector == SLICES.label_selector == labels
+    assert SERVICES.label_selector == "!service.kubernetes.io/service-proxy-name"
+    assert SERVICES.field_selector == "spec.clusterIP!=None"
+    assert (SLICES.label_selector, SLICES.field_selector) == ("!service.kubernetes.io/headless", "")
     assert NODE.field_selector == "metadata.name=node-1"
     assert [r.path for r in resources("x")] == [
         "/api/v1/services",
@@ -546,13 +547,9 @@ def test_resources() -> None:
         "/api/v1/nodes",
         "/apis/networking.k8s.io/v1/servicecidrs",
     ]
-    assert resources("x", "mine")[1] == Resource(
-        EndpointSlice,
-        "discovery.k8s.io",
-        "endpointslices",
-        label_selector="service.kubernetes.io/service-proxy-name=mine,"
-        "!service.kubernetes.io/headless",
-    )
+    services, slices, *_ = resources("x", "mine")
+    assert services.label_selector == "service.kubernetes.io/service-proxy-name=mine"
+    assert slices == SLICES
     assert SLICES.rule == (
         '- {apiGroups: ["discovery.k8s.io"], resources: ["endpointslices"], '
         'verbs: ["list", "watch"]}'

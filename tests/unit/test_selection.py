@@ -183,7 +183,7 @@ def test_absent_conditions_mean_what_the_api_says(ready, serving, terminating):
     }
     (decoded,) = manifest.endpoint_slice("web", [document]).endpoints
     is_ready = ready is not False
-    is_serving = is_ready if serving is None else serving
+    is_serving = is_ready or serving is not False
     wanted = READY * is_ready | SERVING * is_serving | TERMINATING * bool(terminating)
     assert decoded.conditions == wanted
     explicit_nulls = manifest.endpoint(

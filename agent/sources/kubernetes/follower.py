@@ -572,7 +572,8 @@ class _Thread(threading.Thread):
 def _pieces(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
     """The body as it comes. A chunk at a time costs half of what `read1` takes for one."""
     if isinstance(response, urllib3.HTTPResponse) and response.chunked:
-        yield from response.read_chunked(_READ_BYTES)
+        # a list of more than 128 KB is gzip inside chunks
+        yield from response.read_chunked(_READ_BYTES, decode_content=True)
     else:
         while data := response.read1(_READ_BYTES):
             yield data

@@ -46,6 +46,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from rules.decode import decode, decode_json
 from rules.events import Delete, Event, Upsert
 from rules.objects import (
     HEADLESS_LABEL,
@@ -57,7 +58,6 @@ from rules.objects import (
     Object,
     Service,
     ServiceCIDR,
-    decode,
 )
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
@@ -117,12 +117,26 @@ class Resource(NamedTuple):
 
 
 def resources(node: str, proxy_name: str = "") -> tuple[Resource, ...]:
-    """What a proxy on `node` follows; `proxy_name` as in kube-proxy's service-proxy-name label."""
+    """What a proxy on `node` follows, selected as kube-proxy 1.36 does.
+
+    `proxy_name` selects Services by the label service-proxy-name, as kube-proxy's option.
+    """
     ours = f"{PROXY_NAME_LABEL}={proxy_name}" if proxy_name else f"!{PROXY_NAME_LABEL}"
-    labels = f"{ours},!{HEADLESS_LABEL}"
     return (
-        Resource(Service, "", "services", label_selector=labels),
-        Resource(EndpointSlice, "discovery.k8s.io", "endpointslices", label_selector=labels),
+        Resource(
+            Service,
+            "",
+            "services",
+            label_selector=ours,
+            # a Service with a cluster IP is served whatever its headless label says
+            field_selector="spec.clusterIP!=None",
+        ),
+        Resource(
+            EndpointSlice,
+            "discovery.k8s.io",
+            "endpointslices",
+            label_selector=f"!{HEADLESS_LABEL}",
+        ),
         Resource(Node, "", "nodes", namespaced=False, field_selector=f"metadata.name={node}"),
         # v1 since Kubernetes 1.33
         Resource(
@@ -226,7 +240,7 @@ _watch_events = msgspec.json.Decoder(_WatchEvent)
 def _status(data: bytes | msgspec.Raw, code: int = 0) -> _Status:
     """A Status, or what can be said where the body is none (a load balancer's, for instance)."""
     try:
-        status = _statuses.decode(data)
+        status = decode_json(_statuses, data)
     except ValueError:
         return _Status(code)
     return _Status(status.code or code, status.reason, status.message)
@@ -397,7 +411,7 @@ class Reflector:
             for line in self._lines.feed(data):
                 if self.over:
                     break
-                events += self._message(_watch_events.decode(line))
+                events += self._message(decode_json(_watch_events, line))
         except ValueError as error:
             self._break_off(f"not a watch event: {error}")
         return events
@@ -410,7 +424,7 @@ class Reflector:
             case "ADDED" | "MODIFIED" | "DELETED":
                 return self._change(message.object, deleted=message.type == "DELETED")
             case "BOOKMARK":
-                metadata = _bookmarks.decode(message.object).metadata
+                metadata = decode_json(_bookmarks, message.object).metadata
                 if self._listing is None:
                     self._advance(metadata.resource_version)
                 elif INITIAL_EVENTS_END in (metadata.annotations or {}):
@@ -444,7 +458,7 @@ class Reflector:
     def _metadata(self, raw: msgspec.Raw) -> _Metadata:
         """Who an object is; without a name if it does not say so."""
         try:
-            metadata = _objects.decode(raw).metadata
+            metadata = decode_json(_objects, raw).metadata
             reason = "metadata.name is empty"
         except ValueError as error:
             metadata, reason = _Metadata(), str(error)
@@ -501,7 +515,7 @@ class Reflector:
         listing = self._listing
         assert listing is not None
         try:
-            page = _lists.decode(body)
+            page = decode_json(_lists, body)
         except ValueError as error:
             return self._failed(Trouble("refused", f"the answer is not a list: {error}"))
         for raw in page.items or ():
@@ -569,7 +583,7 @@ class Reflector:
 
     def _probed(self, body: bytes) -> Step:
         try:
-            version = _lists.decode(body).metadata.resource_version
+            version = decode_json(_lists, body).metadata.resource_version
         except ValueError as error:
             return self._failed(Trouble("refused", f"the answer is not a list: {error}"))
         self._doubt = False

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from rules.objects import InvalidObject, Object, decode_any
+from rules.decode import decode_any
+from rules.objects import InvalidObject, Object
 
 MAX_YAML_BYTES = 32 * 2**20
 MAX_YAML_DEPTH = 100

@@ -40,8 +40,9 @@ from agent.sources.manifests.places import (
     resolve,
 )
 from agent.sources.manifests.watching import Inotify, Polling, Stale, Watch
+from rules.decode import KINDS
 from rules.events import Delete, Event, Synced, Upsert
-from rules.objects import KINDS, InvalidObject, Name, Object
+from rules.objects import InvalidObject, Name, Object
 
 MAX_FILE_BYTES = 512 * 2**20
 

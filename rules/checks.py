@@ -1,0 +1,367 @@
+"""From the API's fields to records: every value is checked here, in whichever encoding it came.
+
+The functions take an object's shape, that is, an object whose attributes are the API's fields in
+snake_case: a msgspec structure from JSON or a protobuf message. An absent field is None or the
+protobuf default; both are false, and each function treats them alike. Fields whose absence means
+something else than the zero value are passed in by the decoder.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
+
+from rules.objects import (
+    DEFAULT_AFFINITY_SECONDS,
+    HEADLESS_LABEL,
+    LEAVING_TAINT,
+    MAX_AFFINITY_SECONDS,
+    MAX_ENDPOINTS_PER_SLICE,
+    PROTOCOLS,
+    PROXY_NAME_LABEL,
+    READY,
+    SERVICE_NAME_LABEL,
+    SERVING,
+    TERMINATING,
+    TRIGGER_TIME_ANNOTATION,
+    ZONE_LABEL,
+    Address,
+    Endpoint,
+    EndpointSlice,
+    Name,
+    Network,
+    Node,
+    Service,
+    ServiceCIDR,
+    ServicePort,
+    SlicePort,
+    parse_address,
+    parse_network,
+)
+
+_T = TypeVar("_T")
+_P = TypeVar("_P", bound=tuple[Any, ...])
+
+Hints = tuple[tuple[str, ...], tuple[str, ...]]
+"""Names of nodes and names of zones."""
+
+
+class Metadata(NamedTuple):
+    """An object's metadata. `created` is RFC 3339 or empty; `deleting`: it has a deletion time."""
+
+    name: str
+    namespace: str
+    created: str
+    deleting: bool
+    labels: Mapping[str, str]
+    annotations: Mapping[str, str]
+
+    @property
+    def full_name(self) -> Name:
+        """The name of a namespaced object. Raises ValueError without a name."""
+        return Name(sys.intern(self.namespace or "default"), self.own_name)
+
+    @property
+    def own_name(self) -> str:
+        """The name of a cluster-scoped object. Raises ValueError without a name."""
+        if not self.name:
+            raise ValueError("metadata.name is empty")
+        return self.name
+
+
+class Problems(list[str]):
+    """Unusable values of an object that is otherwise valid."""
+
+    def usable(
+        self, where: str, parse: Callable[[str], _T], texts: Iterable[str]
+    ) -> tuple[_T, ...]:
+        """The values of `texts` that parse, once each, in their order."""
+        parsed: dict[_T, None] = {}
+        for text in texts:
+            try:
+                parsed[parse(text)] = None
+            except ValueError as error:
+                self.append(f"{where}: {error}; ignored")
+        return tuple(parsed)
+
+    def protocol(self, where: str, name: str | None) -> int:
+        """The protocol's number, TCP if `name` is empty, 0 if it is unknown."""
+        number = PROTOCOLS.get(name or "TCP", 0)
+        if not number:
+            self.append(f"{where}: protocol {name!r} is not TCP, UDP or SCTP; port ignored")
+        return number
+
+    def port(self, where: str, number: int) -> bool:
+        """Whether `number` is a port."""
+        if 1 <= number <= 65535:
+            return True
+        self.append(f"{where}: {number} is not a port (1 to 65535); port ignored")
+        return False
+
+    def choice(self, where: str, value: str | None, known: tuple[str, ...]) -> str:
+        """`value` if it is one of `known`, else the first of them."""
+        if not value:
+            return known[0]
+        if value not in known:
+            self.append(f"{where}: {value!r} is none of {', '.join(known)}; taken as {known[0]}")
+            return known[0]
+        return value
+
+
+@lru_cache(maxsize=1024)
+def _first(ports: Any) -> Any:
+    return ports
+
+
+def _shared(ports: _P) -> _P:
+    """Equal ports are one object in memory: most Services have the same as others."""
+    first: _P = _first(ports)
+    return first
+
+
+# --- Service ------------------------------------------------------------------------------------
+
+_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
+_POLICIES = ("Cluster", "Local")
+_parse_load_balancer_ip = partial(parse_address, link_local=True)
+
+
+def service(shape: Any, metadata: Metadata) -> Service:
+    """A Service. Raises ValueError if it has no name."""
+    spec, problems = shape.spec, Problems()
+    kind = problems.choice("spec.type", spec.type, _TYPES)
+    addresses = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
+    proxied = kind != "ExternalName" and bool(addresses) and addresses[0] not in ("", "None")
+    balancer = shape.status and shape.status.load_balancer
+    name = metadata.full_name
+    internal = problems.choice(
+        "spec.internalTrafficPolicy", spec.internal_traffic_policy, _POLICIES
+    )
+    external = problems.choice(
+        "spec.externalTrafficPolicy", spec.external_traffic_policy, _POLICIES
+    )
+    return Service(
+        name=Name(name.namespace, sys.intern(name.name)),  # its slices have the same string
+        created=metadata.created,
+        proxy_name=metadata.labels.get(PROXY_NAME_LABEL),
+        headless=HEADLESS_LABEL in metadata.labels,
+        proxied=proxied,
+        cluster_ips=problems.usable("spec.clusterIPs", parse_address, addresses) if proxied else (),
+        external_ips=problems.usable("spec.externalIPs", parse_address, spec.external_ips or ()),
+        # whatever the type is now: they are served until the controller takes them back
+        load_balancer_ips=problems.usable(
+            "status.loadBalancer.ingress",
+            _parse_load_balancer_ip,
+            # a load balancer in Proxy mode delivers to node ports; its IP is not ours to answer
+            [i.ip for i in (balancer and balancer.ingress) or () if i.ip and i.ip_mode != "Proxy"],
+        ),
+        ports=_service_ports(spec.ports or (), problems),
+        internal_local=internal == "Local",
+        external_local=external == "Local",
+        affinity_seconds=_affinity_seconds(spec, problems),
+        source_ranges=_source_ranges(spec, problems),
+        health_check_node_port=_health_check_node_port(spec, problems),
+        problems=tuple(problems),
+    )
+
+
+def _service_ports(shapes: Sequence[Any], problems: Problems) -> tuple[ServicePort, ...]:
+    ports: dict[tuple[int, int], ServicePort] = {}
+    for index, shape in enumerate(shapes):
+        where = f"spec.ports[{index}]"
+        protocol = problems.protocol(where, shape.protocol)
+        if not protocol or not problems.port(f"{where}.port", shape.port):
+            continue
+        node_port = shape.node_port or 0
+        if node_port and not problems.port(f"{where}.nodePort", node_port):
+            continue
+        if (protocol, shape.port) in ports:
+            problems.append(f"{where}: port {shape.port} is a duplicate; the first one is used")
+            continue
+        ports[protocol, shape.port] = ServicePort(
+            sys.intern(shape.name or ""), protocol, shape.port, node_port
+        )
+    return _shared(tuple(ports.values()))
+
+
+def _affinity_seconds(spec: Any, problems: Problems) -> int:
+    kind = problems.choice("spec.sessionAffinity", spec.session_affinity, ("None", "ClientIP"))
+    if kind == "None":
+        return 0
+    config = spec.session_affinity_config and spec.session_affinity_config.client_ip
+    seconds: int | None = config.timeout_seconds if config else None
+    if seconds is None:
+        return DEFAULT_AFFINITY_SECONDS
+    if not 1 <= seconds <= MAX_AFFINITY_SECONDS:
+        problems.append(
+            f"spec.sessionAffinityConfig.clientIP.timeoutSeconds: {seconds} is not within 1 to "
+            f"{MAX_AFFINITY_SECONDS}; taken as {DEFAULT_AFFINITY_SECONDS}"
+        )
+        return DEFAULT_AFFINITY_SECONDS
+    return seconds
+
+
+def _health_check_node_port(spec: Any, problems: Problems) -> int:
+    number: int = spec.health_check_node_port or 0
+    return number if number and problems.port("spec.healthCheckNodePort", number) else 0
+
+
+def _source_ranges(spec: Any, problems: Problems) -> tuple[Network, ...]:
+    """The ranges, per family merged so that none overlaps another.
+
+    Without any range an address is open to all sources. So a list of which no range parses
+    becomes one that no source matches.
+    """
+    texts = spec.load_balancer_source_ranges or ()
+    ranges = problems.usable("spec.loadBalancerSourceRanges", parse_network, texts)
+    if texts and not ranges:
+        problems.append("spec.loadBalancerSourceRanges: no usable range; all sources are refused")
+        return (ipaddress.ip_network("0.0.0.0/32"), ipaddress.ip_network("::/128"))
+    four = [n for n in ranges if isinstance(n, ipaddress.IPv4Network)]
+    six = [n for n in ranges if isinstance(n, ipaddress.IPv6Network)]
+    return (*ipaddress.collapse_addresses(four), *ipaddress.collapse_addresses(six))
+
+
+# --- EndpointSlice ------------------------------------------------------------------------------
+
+_FAMILIES = {"IPv4": 4, "IPv6": 6, "FQDN": 0}
+_PACKED_LENGTH = {4: 4, 6: 16}
+
+
+def endpoint_slice(
+    shape: Any,
+    metadata: Metadata,
+    ports: Sequence[Any],
+    conditions: Callable[[Any], int],
+    hints: Callable[[Any], Hints],
+) -> EndpointSlice:
+    """An EndpointSlice. Raises ValueError if it cannot be used as a whole.
+
+    `conditions` gives the bits of an endpoint's field of that name, `hints` the two lists of names.
+    """
+    labels, problems, name = metadata.labels, Problems(), metadata.full_name
+    family = _FAMILIES.get(shape.address_type)
+    if family is None:
+        raise ValueError(f"addressType {shape.address_type!r} is none of IPv4, IPv6, FQDN")
+    shapes = shape.endpoints or ()
+    if len(shapes) > MAX_ENDPOINTS_PER_SLICE:
+        raise ValueError(
+            f"{len(shapes)} endpoints, and the API allows {MAX_ENDPOINTS_PER_SLICE} in a slice;"
+            " split it into several slices"
+        )
+    owner = labels.get(SERVICE_NAME_LABEL)
+    return EndpointSlice(
+        name=name,
+        service=Name(name.namespace, sys.intern(owner)) if owner else None,
+        proxy_name=labels.get(PROXY_NAME_LABEL),
+        headless=HEADLESS_LABEL in labels,
+        family=family,
+        ports=_slice_ports(ports, problems),
+        endpoints=_endpoints(shapes, _PACKED_LENGTH[family], problems, conditions, hints)
+        if family
+        else (),
+        triggered=metadata.annotations.get(TRIGGER_TIME_ANNOTATION, ""),
+        problems=tuple(problems),
+        created=sys.intern(metadata.created),
+    )
+
+
+def condition_bits(ready: bool | None, serving: bool | None, terminating: bool | None) -> int:
+    """Conditions as bits. `ready` and `serving` absent mean true, `terminating` absent false.
+
+    A published endpoint, one that is ready, counts as serving, as in kube-proxy.
+    """
+    published = ready is not False
+    serves = published or serving is not False
+    return published * READY | serves * SERVING | bool(terminating) * TERMINATING
+
+
+def _slice_ports(shapes: Sequence[Any], problems: Problems) -> tuple[SlicePort, ...]:
+    ports = []
+    for index, shape in enumerate(shapes):
+        where = f"ports[{index}]"
+        protocol = problems.protocol(where, shape.protocol)
+        # a nil port number is legal and means "all ports": nothing a proxy could send to
+        if protocol and shape.port is not None and problems.port(f"{where}.port", shape.port):
+            ports.append(SlicePort(sys.intern(shape.name or ""), protocol, shape.port))
+    return _shared(tuple(ports))
+
+
+def _endpoints(
+    shapes: Sequence[Any],
+    length: int,
+    problems: Problems,
+    conditions: Callable[[Any], int],
+    hints: Callable[[Any], Hints],
+) -> tuple[Endpoint, ...]:
+    endpoints, intern = [], sys.intern
+    for index, shape in enumerate(shapes):
+        address = _endpoint_address(index, shape.addresses, length, problems)
+        if address is None:
+            continue
+        node_hints, zone_hints = hints(shape.hints)
+        target = shape.target_ref
+        endpoints.append(
+            Endpoint(
+                address,
+                conditions(shape.conditions),
+                intern(shape.node_name or ""),
+                intern(shape.zone or ""),
+                node_hints,
+                zone_hints,
+                (target and target.name) or "",
+            )
+        )
+    return tuple(endpoints)
+
+
+def _endpoint_address(
+    index: int, texts: Sequence[str], length: int, problems: Problems
+) -> Address | None:
+    if not texts:
+        problems.append(f"endpoints[{index}]: has no address; ignored")
+        return None
+    try:
+        address = parse_address(texts[0])
+    except ValueError as error:
+        problems.append(f"endpoints[{index}]: {error}; ignored")
+        return None
+    if len(address) != length:
+        problems.append(
+            f"endpoints[{index}]: {texts[0]} is not of the slice's addressType; ignored"
+        )
+        return None
+    return address
+
+
+# --- Node and ServiceCIDR -----------------------------------------------------------------------
+
+
+def node(shape: Any, metadata: Metadata) -> Node:
+    """A Node. Raises ValueError if it has no name."""
+    problems, spec, status = Problems(), shape.spec, shape.status
+    addresses = (status and status.addresses) or ()
+    cidrs = (spec and (spec.pod_cidrs or (spec.pod_cidr and [spec.pod_cidr]))) or ()
+    # the order in which kube-proxy and the kubelet prefer them
+    preferred = [
+        a.address for kind in ("InternalIP", "ExternalIP") for a in addresses if a.type == kind
+    ]
+    return Node(
+        name=metadata.own_name,
+        zone=metadata.labels.get(ZONE_LABEL, ""),
+        addresses=problems.usable("status.addresses", parse_address, preferred),
+        pod_cidrs=problems.usable("spec.podCIDRs", parse_network, cidrs),
+        leaving=metadata.deleting
+        or any(taint.key == LEAVING_TAINT for taint in (spec and spec.taints) or ()),
+        problems=tuple(problems),
+    )
+
+
+def service_cidr(shape: Any, metadata: Metadata) -> ServiceCIDR:
+    """A ServiceCIDR. Raises ValueError if it has no name."""
+    problems = Problems()
+    cidrs = problems.usable("spec.cidrs", parse_network, shape.spec.cidrs or ())
+    return ServiceCIDR(metadata.own_name, cidrs, tuple(problems))
