@@ -73,7 +73,7 @@ RUN set -eu; \
     cd /root-tree/usr/local; \
     mkdir -p lib/$python; \
     cp -r /site lib/$python/dist-packages; \
-    printf '#!/usr/bin/python3 -I\nfrom agent.cli import main\n\nmain()\n' >bin/sliceproxy; \
+    printf '#!/usr/bin/python3 -I\nfrom agent.cli.main import main\n\nmain()\n' >bin/sliceproxy; \
     chmod 755 bin/sliceproxy
 
 # Bytecode is made here, for the root file system is read-only where the agent runs. What is not

@@ -18,7 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from agent import __version__, log
-from agent.config.file import ConfigFile, Settings
+from agent.config.file import ConfigFile
+from agent.config.settings import Settings
 from agent.deferred import load
 from agent.kernel import addresses, kube_proxy
 from agent.kernel.readahead import read_ahead

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent.config.options import options
+from agent.config.settings import Settings
 from agent.kernel.tables import Kernel
 from agent.loop import reader
 from agent.sources.kubernetes.reflector import Reflector, resources
@@ -93,7 +93,7 @@ def one_start(size: Size, *, profiled: bool) -> dict[str, Any]:
                 events += reflector.received(line)
         return events
 
-    state = State(options(node=NODE))
+    state = State(Settings(node=NODE).options())
     with Kernel() as kernel:
         events = stages.run("decode", decode)
         lines.clear()
@@ -108,7 +108,7 @@ def one_start(size: Size, *, profiled: bool) -> dict[str, Any]:
         gc.enable()
         elements = transaction.change.operations
         result = {"elements": elements, **_changes(cluster, reflectors, state, kernel, stages)}
-        again = State(options(node=NODE))
+        again = State(Settings(node=NODE).options())
         again.services, again.slices = state.services, state.slices
         again.node, again.service_cidrs = state.node, state.service_cidrs
         again._dirty.update(state.services)

@@ -24,11 +24,11 @@ class DetectLocalMode(Enum):
 class Options(msgspec.Struct, frozen=True):
     """The agent's options.
 
-    `zone` is that of the Node object where empty. `node_port_networks` are the networks whose
-    addresses of this node answer at node ports; None stands for `primary`, the node's primary
-    address per family. `interface` is the bridge's name or the prefix, as the mode has it.
-    `address` is the node's primary address of its family, whatever its Node says. `external_ips`
-    is false where `spec.externalIPs` are not served (AllowServiceExternalIPs, KEP-5707).
+    `zone` is that of the Node object where empty. Node ports are accepted on the node's primary
+    address per family if `node_port_primary`, and on its addresses in `node_port_networks`.
+    `interface` is the bridge's name or the prefix, as the mode has it. `address` is the node's
+    primary address of its family, whatever its Node says. Unless `allow_external_ips`, the
+    `externalIPs` of Services are not served (KEP-5707).
     """
 
     node: str
@@ -39,9 +39,10 @@ class Options(msgspec.Struct, frozen=True):
     detect_local: DetectLocalMode = DetectLocalMode.NONE
     cluster_cidrs: tuple[Network, ...] = ()
     interface: str = ""
-    node_port_networks: tuple[Network, ...] | None = None
+    node_port_primary: bool = True
+    node_port_networks: tuple[Network, ...] = ()
     address: Address | None = None
-    external_ips: bool = True
+    allow_external_ips: bool = True
 
 
 def in_networks(address: bytes, networks: tuple[Network, ...]) -> bool:

@@ -191,7 +191,7 @@ class State:
             self._primary(),
             self.options.masquerade_all,
             tells,
-            self.options.external_ips,
+            self.options.allow_external_ips,
         )
 
     def _primary(self) -> tuple[Address, ...]:
@@ -219,11 +219,10 @@ class State:
         return ()
 
     def _node_port_addresses(self) -> tuple[Address, ...]:
-        networks = self.options.node_port_networks
-        if networks is None:
-            return self._primary()
-        own = self.addresses.addresses or frozenset(self._primary())
-        return tuple(a for a in sorted(own) if in_networks(a, networks))
+        primary, networks = self._primary(), self.options.node_port_networks
+        first = primary if self.options.node_port_primary else ()
+        own = self.addresses.addresses or frozenset(primary)
+        return tuple(dict.fromkeys((*first, *(a for a in sorted(own) if in_networks(a, networks)))))
 
     def _wanted_of_node(self) -> Iterator[Owned]:
         for address in self._node_port_addresses():

@@ -190,9 +190,7 @@ def primary_addresses(objects: Objects) -> dict[int, bytes]:
 
 def node_port_addresses(objects: Objects, options: Options) -> frozenset[bytes]:
     primary = frozenset(primary_addresses(objects).values())
-    if options.node_port_networks is None:
-        return primary
-    return frozenset(
+    return (primary if options.node_port_primary else frozenset()) | frozenset(
         address
         for address in objects.addresses.addresses or primary
         if any(ipaddress.ip_address(address) in n for n in options.node_port_networks)
@@ -283,7 +281,7 @@ def behaviours(
     for kind, addresses in (
         ("cluster IP", service.cluster_ips),
         ("load balancer IP", service.load_balancer_ips),
-        ("external IP", service.external_ips if options.external_ips else ()),
+        ("external IP", service.external_ips if options.allow_external_ips else ()),
     ):
         for address in addresses:
             family = family_of(address)

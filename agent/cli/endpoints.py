@@ -1,12 +1,35 @@
-"""Shows a report of `rules.endpoint_report` on a terminal."""
+"""`sliceproxy endpoints`: a Service's endpoints, which of them this node uses, and why."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import click
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rules.endpoint_report import EndpointTable, PortTable, Row, Use
+from agent.cli.flags import fail, output_flag, required_from_flag, settings, settings_flags
+from agent.cli.state import from_manifests
+from rules.endpoint_report import EndpointTable, PortTable, QuestionError, Row, Use, endpoints
+
+
+@click.command("endpoints")
+@click.argument("service", metavar="NAMESPACE/NAME[:PORT]")
+@required_from_flag
+@settings_flags("data plane")
+@output_flag
+def command(service: str, paths: tuple[str, ...], output: str, **flags: Any) -> None:
+    """Show the endpoints of a Service, and which of them this node uses, and why."""
+    try:
+        table = endpoints(from_manifests(paths, settings(flags)[0]), service)
+    except QuestionError as error:
+        fail(error)
+    if output == "json":
+        click.echo(msgspec.json.encode(table).decode())
+    else:
+        show(table, Console())
 
 
 def show(table: EndpointTable, console: Console) -> None:

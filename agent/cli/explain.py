@@ -1,23 +1,79 @@
-"""Shows an answer of `rules.explain` on a terminal."""
+"""`sliceproxy explain`: what happens to a connection to an address, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import click
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from agent.cli.flags import fail, output_flag, required_from_flag, settings, settings_flags
+from agent.cli.state import from_manifests
+from agent.kernel.tables import Kernel, KernelError
+from rules.endpoint_report import QuestionError
 from rules.explain import (
     Asked,
     EndpointList,
     Explanation,
     Reached,
     RuleStep,
+    explain,
     with_article,
 )
+from rules.language import Set
+from rules.state import State
+from rules.tables import SETS
+from rules.text import Key, Value
 from rules.trace import Effect, End, Masquerade
+
+
+@click.command("explain")
+@click.argument("target", metavar="ADDRESS:PORT[/udp|/sctp]")
+@required_from_flag
+@settings_flags("data plane")
+@click.option("--from-address", metavar="IP", help="Only for a client with this address.")
+@output_flag
+def command(
+    target: str,
+    paths: tuple[str, ...],
+    from_address: str | None,
+    output: str,
+    **flags: Any,
+) -> None:
+    """Explain the path of a packet: which Service, which endpoints, which source they see.
+
+    On a node that has sliceproxy's tables the answer is from the kernel's own elements.
+    """
+    state = from_manifests(paths, settings(flags)[0])
+    try:
+        explanation = explain(state, target, from_address, _elements_here(state))
+    except QuestionError as error:
+        fail(error)
+    if output == "json":
+        click.echo(msgspec.json.encode(explanation).decode())
+    else:
+        show(explanation, Console())
+
+
+def _elements_here(state: State) -> dict[Set, Mapping[Key, Value]] | None:
+    """The elements of our tables in this kernel; None if it has none or they are not readable."""
+    elements: dict[Set, Mapping[Key, Value]] = {}
+    try:
+        with Kernel(own=False) as kernel:
+            for table in state.tables():
+                if found := kernel.find(table.family):
+                    elements |= kernel.read(found)
+                    affinity = SETS[table.family].affinity
+                    if affinity.name in found.sets:
+                        elements[affinity] = kernel.elements(affinity)
+    except KernelError:
+        return None
+    return elements or None
 
 
 def show(explanation: Explanation, console: Console) -> None:

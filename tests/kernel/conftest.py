@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
-from agent.config.options import options
+from agent.config.settings import Settings
 from lab.world import Answer, World
 from rules.objects import EndpointSlice, Service
 from tests import manifest
@@ -259,7 +259,7 @@ def proxy(world: World) -> Iterator[Callable[..., Proxy]]:
     with ExitStack() as stack:
 
         def start(**flags: Any) -> Proxy:
-            started = Proxy(world, own=True, options=options(node="node-1", **flags))
+            started = Proxy(world, own=True, options=Settings(node="node-1", **flags).options())
             stack.enter_context(started)
             stack.callback(started.kernel.remove)
             started.put(manifest.node(), manifest.service_cidr("10.96.0.0/16", "fd00:10:96::/112"))

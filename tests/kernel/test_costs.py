@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.config.options import options
+from agent.config.settings import Settings
 from lab.world import World
 from rules import netlink
 from rules.objects import EndpointSlice, Object
@@ -253,9 +253,9 @@ def test_the_rules_are_as_many_for_ten_thousand_services_as_for_three(proxy):
 
 
 def test_the_rules_with_session_affinity_do_not_depend_on_services_either(bare_world):
-    flags = options(
+    flags = Settings(
         node="node-1", detect_local_mode="ClusterCIDR", cluster_cidr="10.0.0.0/8,fd00::/16"
-    )
+    ).options()
     with Proxy(bare_world, options=flags) as proxy:
         for behind in (3, 1000):
             proxy.put(*_services(0, behind, sessionAffinity="ClientIP"))

@@ -117,8 +117,9 @@ def options(draw: st.DrawFn) -> Options:
         if mode is DetectLocalMode.CLUSTER_CIDR
         else (),
         interface="cni0" if interface else "",
-        node_port_networks=networks and tuple(map(parse_network, networks)),
-        external_ips=draw(st.sampled_from((True, True, True, False))),
+        node_port_primary=networks is None or draw(st.booleans()),
+        node_port_networks=tuple(map(parse_network, networks or ())),
+        allow_external_ips=draw(st.sampled_from((True, True, True, False))),
     )
 
 

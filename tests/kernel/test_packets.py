@@ -760,7 +760,7 @@ def test_external_ips_are_not_served_where_the_cluster_does_not_allow_them(
     proxy: Start, net: Net
 ) -> None:
     p = proxy()
-    p.state.options = msgspec.structs.replace(p.state.options, external_ips=False)
+    p.state.options = msgspec.structs.replace(p.state.options, allow_external_ips=False)
     p.put(net.service(), net.slice("pod-1"))
     net.expect_silence(net.at("external-ip"))
     net.expect("client", net.at("balancer-ip"), ("pod-1",), seen_as="node")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
-from agent.config.options import options
+from agent.config.settings import Settings
 from lab.world import World
 from rules.events import NodeAddresses
 from rules.objects import TCP, UDP, Object, address_text, parse_address
@@ -51,11 +51,11 @@ EXTRA_V4, EXTRA_V6 = "192.0.2.77", "2001:db8:77::77"  # others of the node, rout
 GATEWAYS = ("169.254.1.1", "fe80::1")  # the node's side of the pods' wires
 
 MODES = {
-    "pods by cluster CIDR": options(
+    "pods by cluster CIDR": Settings(
         node="node-1", cluster_cidr="10.244.0.0/16,fd00:10:244::/48", nodeport_addresses=()
-    ),
-    "pods by node CIDR": options(node="node-1", detect_local_mode="NodeCIDR"),
-    "pods by interface prefix": options(
+    ).options(),
+    "pods by node CIDR": Settings(node="node-1", detect_local_mode="NodeCIDR").options(),
+    "pods by interface prefix": Settings(
         node="node-1",
         detect_local_mode="InterfaceNamePrefix",
         pod_interface_name_prefix="vethpod",
@@ -65,14 +65,14 @@ MODES = {
             "192.0.2.0/24",
             "2001:db8:77::/64",
         ),
-    ),
-    "pods by one interface": options(
+    ).options(),
+    "pods by one interface": Settings(
         node="node-1", detect_local_mode="BridgeInterface", pod_bridge_interface="vethpod1"
-    ),
-    "pods not told": options(node="node-1"),
-    "masquerade all": options(
+    ).options(),
+    "pods not told": Settings(node="node-1").options(),
+    "masquerade all": Settings(
         node="node-1", cluster_cidr="10.244.0.0/16,fd00:10:244::/48", masquerade_all=True
-    ),
+    ).options(),
 }
 
 

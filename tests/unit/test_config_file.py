@@ -13,22 +13,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config.file import (
-    FIELDS,
-    KUBE_PROXY,
-    OWN,
-    Bind,
-    ConfigFile,
-    Duration,
-    Field,
-    Settings,
-    merged,
-    parse,
-    parse_bind,
-    parse_duration,
-    read,
-)
-from agent.config.options import ConfigError
+from agent.config import document
+from agent.config.checks import Bind, ConfigError, parse_bind
+from agent.config.data_plane import serves_localhost
+from agent.config.durations import Duration, parse_duration
+from agent.config.file import KUBE_PROXY, OWN, ConfigFile, merged, parse, read
+from agent.config.kube_proxy import FIELDS, Field
+from agent.config.settings import OPTIONS, Settings
 from agent.kernel.sysctl import ConntrackSettings
 from rules.options import DetectLocalMode
 
@@ -66,7 +57,9 @@ def test_kubeadms_config_map_is_taken_as_it_lies_in_the_cluster() -> None:
     assert options.detect_local is DetectLocalMode.CLUSTER_CIDR
     assert [str(n) for n in options.cluster_cidrs] == ["10.244.0.0/16"]
     assert options.mark == 1 << 14
-    assert options.node_port_networks is None
+    assert options.node_port_primary
+    assert options.node_port_networks == ()
+    assert options.allow_external_ips
     assert settings.kubeconfig == "/var/lib/kube-proxy/kubeconfig.conf"
     assert settings.healthz() == Bind("0.0.0.0", 10256)
     assert settings.metrics() == Bind("127.0.0.1", 10249)
@@ -103,6 +96,11 @@ def test_kubeadms_file_has_every_field_but_those_it_leaves_out_when_empty() -> N
 
 # what to write, in which mode, and what it must become
 HONOURED: dict[str, tuple[object, str, dict[str, object]]] = {
+    "featureGates": (
+        {"AllowServiceExternalIPs": False},
+        "",
+        {"allow_service_external_ips": False},
+    ),
     "clientConnection.kubeconfig": ("/k", "", {"kubeconfig": "/k"}),
     "logging.verbosity": (4, "", {"log_level": "debug"}),
     "hostnameOverride": (" Worker-1 ", "", {"node": "worker-1"}),
@@ -141,7 +139,6 @@ SAMPLES: dict[Any, object] = {
     str: "x",
     float: 7.5,
     Duration: "17s",
-    dict[str, bool]: {"Some": True},
     list[str]: ["192.0.2.0/24"],
     list[Any]: [{"filePattern": "x", "verbosity": 3}],
     int | str: 7,
@@ -223,12 +220,73 @@ def test_cluster_cidr_mode_without_a_cidr_is_no_detection_as_in_kube_proxy() -> 
     assert options.detect_local is DetectLocalMode.NONE
 
 
-def test_node_port_keywords() -> None:
-    everything = merged(kube_proxy(nodePortAddresses=["all"]), {}).options()
-    assert [str(n) for n in everything.node_port_networks or ()] == ["0.0.0.0/0", "::/0"]
-    assert merged(kube_proxy(nodePortAddresses=["primary"]), {}).options() == (
-        merged(None, {}).options()
+@pytest.mark.parametrize(
+    ("chosen", "primary", "networks"),
+    [
+        ([], True, []),
+        (["primary"], True, []),
+        (["all"], False, ["0.0.0.0/0", "::/0"]),
+        (["localhost"], False, ["127.0.0.0/8", "::1/128"]),
+        (["primary", "localhost"], True, ["127.0.0.0/8", "::1/128"]),
+        (["primary", "192.0.2.0/24", "all"], True, ["192.0.2.0/24", "0.0.0.0/0", "::/0"]),
+        (["primary,10.0.0.0/8", "fd00::/8"], True, ["10.0.0.0/8", "fd00::/8"]),
+    ],
+    ids=str,
+)
+def test_node_port_addresses_mix_keywords_and_cidrs(
+    chosen: list[str], primary: bool, networks: list[str]
+) -> None:
+    """As Kubernetes 1.37 takes them."""
+    options = merged(kube_proxy(nodePortAddresses=chosen), {}).options()
+    assert options.node_port_primary is primary
+    assert [str(n) for n in options.node_port_networks] == networks
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        (["localhost"], True),
+        (["primary", "::1/128"], True),
+        (["0.0.0.0/0,127.0.0.1/32"], True),
+        (["all"], False),
+        (["primary"], False),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_only_an_explicit_loopback_network_asks_for_localhost(
+    chosen: list[str], wanted: bool
+) -> None:
+    """The activation rule of KEP-6032."""
+    assert serves_localhost(chosen) is wanted
+
+
+def test_the_gate_of_localhost_node_ports_switched_off_removes_localhost() -> None:
+    def chosen(gate: bool) -> tuple[str, ...]:
+        gates = {"KubeProxyNFTablesLocalhostNodePorts": gate}
+        file = kube_proxy(featureGates=gates, nodePortAddresses=["primary", "localhost"])
+        return merged(file, {}).nodeport_addresses
+
+    assert serves_localhost(chosen(True))
+    assert not serves_localhost(chosen(False))
+    assert chosen(False) == ("primary",)
+
+
+def test_external_ips_can_be_forbidden_by_kube_proxys_gate_our_field_and_the_flag() -> None:
+    gate = kube_proxy(featureGates={"AllowServiceExternalIPs": False})
+    assert not merged(gate, {}).options().allow_external_ips
+    assert not merged(own(allowServiceExternalIPs=False), {}).options().allow_external_ips
+    assert not merged(None, {"allow_service_external_ips": False}).options().allow_external_ips
+
+
+def test_gates_that_change_nothing_here_are_named_in_the_warning() -> None:
+    gates = {"NFTablesProxyMode": True, "DynamicResourceAllocation": False}
+    file = kube_proxy(featureGates=gates)
+    assert file.without_meaning == (
+        "featureGates.DynamicResourceAllocation (does not apply)",
+        "featureGates.NFTablesProxyMode (does not apply)",
     )
+    assert file.honoured == ()
 
 
 # --- mistakes -----------------------------------------------------------------------------------
@@ -261,9 +319,10 @@ def test_node_port_keywords() -> None:
         ({"ipvs": {"scheduler": "x"}}, "ipvs.scheduler: 'x'; use one of rr, wrr, lc, "),
         ({"nodePortAddresses": ["::1"]}, "nodePortAddresses: '::1' is not a CIDR"),
         (
-            {"nodePortAddresses": ["primary", "::/0"]},
-            "nodePortAddresses: `primary` cannot be combined",
+            {"featureGates": {"RestrictExternalIPs": True}},
+            "featureGates: RestrictExternalIPs is not known to this version of sliceproxy and may",
         ),
+        ({"clusterCIDRs": ""}, "clusterCIDRs: unknown field; did you mean clusterCIDR?"),
         ({"clusterCIDR": "10.0.0.0"}, "clusterCIDR: '10.0.0.0' is not a CIDR"),
         ({"clusterCIDR": "10.0.0.0/33"}, "clusterCIDR: '10.0.0.0/33' is not a CIDR"),
         ({"bindAddress": "host"}, "bindAddress: 'host' is not an IP address"),
@@ -287,7 +346,7 @@ def test_a_mistake_is_one_clear_line(fields: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", "line 1: 'a' is there twice"),
+        ("a: 1\na: 2", "line 1: 'a' is duplicate"),
         ("x:\n- [", "line 3: did not find"),
         ("", "must hold one YAML or JSON object"),
         ("- 1", "must hold one YAML or JSON object"),
@@ -444,16 +503,14 @@ def test_addresses_to_listen_at(text: str, bind: Bind) -> None:
 # --- the documentation --------------------------------------------------------------------------
 
 
-def test_the_documentation_has_every_field_with_its_meaning() -> None:
-    lines = DOCS.read_text().splitlines()
-    rows = [line for line in lines if line.startswith("| `") and line.count("|") == 4]
-    assert rows == [
-        f"| `{f.path}` | {f.becomes or '-'} | {f.no_meaning or ''} |".replace("  |", " |")
-        for f in FIELDS
-    ]
+def test_the_documentation_is_made_from_the_declarations() -> None:
+    """Of a changed option or field the documentation says so, or this test does."""
+    assert document.updated(DOCS.read_text()) == DOCS.read_text()
 
 
-def test_the_documentation_has_every_setting() -> None:
+def test_the_documentation_has_a_row_for_every_option_and_field() -> None:
     text = DOCS.read_text()
-    for field in msgspec.structs.fields(Settings):
-        assert f"| `--{field.name.replace('_', '-')}` | `{field.encode_name}` |" in text
+    for declared in OPTIONS.values():
+        assert f"| `{declared.flag}` | `{declared.field}` |" in text
+    for field in FIELDS:
+        assert f"| `{field.path}` |" in text

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.config.options import options
+from agent.config.settings import Settings
 from agent.sources.kubernetes.reflector import INITIAL_EVENTS_END, Reflector, resources
 from rules.events import NodeAddresses, Upsert
 from rules.state import State
@@ -40,7 +40,7 @@ class Trace:
 
     def __init__(self, services: int) -> None:
         self.services = services
-        self.state = State(options(node="node-1"))
+        self.state = State(Settings(node="node-1").options())
         self.reflectors = {r.plural: Reflector(r) for r in resources("node-1")}
         self.version = 1
         for reflector in self.reflectors.values():

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from agent.config import file as config_file
+from agent.config.settings import Settings
 from agent.log import configure
 from agent.sources.kubernetes.follower import Follower, connect
 from rules.events import Event, Synced
@@ -114,7 +115,7 @@ def test_configuration_is_one_that_the_agent_takes() -> None:
     """Without a warning, and listening where the probes ask."""
     read = config_file.parse(DATA["config.conf"], "config.conf")
     assert not read.without_meaning
-    settings = config_file.Settings(**read.chosen)
+    settings = Settings(**read.chosen)
     assert settings.options().detect_local is DetectLocalMode.NODE_CIDR
     conntrack = {n: v for n, v in read.chosen.items() if n.startswith("conntrack_")}
     assert len(conntrack) == 4

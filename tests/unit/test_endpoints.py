@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from agent.cli.endpoints import show
-from agent.config.options import options
+from agent.config.settings import Settings
 from rules.endpoint_report import (
     EndpointTable,
     PortTable,
@@ -29,7 +29,7 @@ DNS = {"name": "dns", "port": 53, "protocol": "UDP"}
 
 
 def stepped(*objects: Object) -> State:
-    state = State(options(node="node-1"))
+    state = State(Settings(node="node-1").options())
     state.apply([Upsert(o) for o in (node(zone="a"), *objects)])
     state.step()
     return state

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from agent.cli.explain import show
-from agent.config.options import options
+from agent.config.settings import Settings
 from rules.endpoint_report import QuestionError
 from rules.events import NodeAddresses, Upsert
 from rules.explain import (
@@ -36,7 +36,7 @@ LOCAL, REMOTE = "10.244.1.11", "10.244.2.11"
 
 
 def stepped(*objects: Object, **chosen: Any) -> State:
-    state = State(options(node="node-1", **({"cluster_cidr": "10.244.0.0/16"} | chosen)))
+    state = State(Settings(node="node-1", **({"cluster_cidr": "10.244.0.0/16"} | chosen)).options())
     own = frozenset(map(parse_address, ("172.31.0.2", "172.31.0.77")))
     state.apply([NodeAddresses(own, (parse_address("172.31.0.2"),))])
     state.apply([Upsert(o) for o in (node(), service_cidr("10.96.0.0/16"), *objects)])
@@ -237,7 +237,7 @@ def test_detectors_that_tell_nothing_are_noted() -> None:
 
 
 def test_a_state_that_knows_nothing_still_answers() -> None:
-    state = State(options(node="node-1"))
+    state = State(Settings(node="node-1").options())
     state.step()
     for question in ("10.96.0.10:80", "[fd00::1]:80"):
         found = explain(state, question)

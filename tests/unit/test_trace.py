@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agent.config.options import options
+from agent.config.settings import Settings
 from rules.events import Upsert
 from rules.language import (
     Base,
@@ -246,7 +246,7 @@ POD, REMOTE = "10.244.1.11", "10.244.2.11"
 
 
 def stepped(*objects: Object, **chosen: Any) -> State:
-    state = State(options(node="node-1", **({"cluster_cidr": "10.244.0.0/16"} | chosen)))
+    state = State(Settings(node="node-1", **({"cluster_cidr": "10.244.0.0/16"} | chosen)).options())
     state.apply([Upsert(o) for o in (node(), service_cidr("10.96.0.0/16"), *objects)])
     state.step()
     return state

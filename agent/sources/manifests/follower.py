@@ -63,6 +63,11 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         return ": ".join(part for part in self[:3] if part)
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of the file could be used."""
+        return not self.subject and not self.warning
+
 
 class Content(NamedTuple):
     """What some places hold: each object once, and what was wrong."""
@@ -169,7 +174,7 @@ class Follower(threading.Thread):
         Until that has been so once, an agent that starts again must not take what it cannot see
         for deleted.
         """
-        broken = [p for p in self._complaints if not p.subject and not p.warning]
+        broken = [p for p in self._complaints if p.whole]
         if broken:
             self._log.warning(
                 "nothing is programmed until every manifest has been read once",

@@ -1,0 +1,34 @@
+"""`sliceproxy render`: the dry run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from agent.cli import nft_check
+from agent.cli.flags import fail, required_from_flag, settings, settings_flags
+from agent.cli.state import from_manifests
+from rules import text as nft
+
+
+@click.command("render")
+@required_from_flag
+@settings_flags("data plane")
+@click.option("--check", is_flag=True, help="Parse and load the ruleset with libnftables, too.")
+def command(paths: tuple[str, ...], check: bool, **flags: Any) -> None:
+    """Print the ruleset in nft's language: the dry run.
+
+    Changes nothing and needs no privilege. `nft -f` loads the output. The node ports' addresses
+    are those of the Node object named by --node, so include that object.
+    """
+    state = from_manifests(paths, settings(flags)[0], whole=True)
+    elements = state.elements()
+    text = "".join(nft.table(table, elements) for table in state.tables())
+    if check:
+        try:
+            nft_check.check(text)
+        except nft_check.CheckFailed as error:
+            fail(error)
+    sys.stdout.write(text)

@@ -1,0 +1,209 @@
+"""What has changed on this node in the last while: a bounded ring of entries for `history`.
+
+An entry says when, which Service, which endpoint, and why, in the API's terms: an endpoint is added
+to an EndpointSlice, is not ready any more, terminates, is removed. The loop records the changes of
+objects behind the transaction that programmed them, so every entry has what it cost: how many
+elements that transaction wrote, and how long it was from the moment that the API server noted as
+the cause (annotation endpoints.kubernetes.io/last-change-trigger-time) to the kernel's answer.
+
+Recording compares the two versions of an object, so it is linear in one slice, not in the cluster.
+An entry takes about half a kilobyte; the ring holds CAPACITY of them unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from rules.objects import (
+    READY,
+    SERVING,
+    TERMINATING,
+    Address,
+    Endpoint,
+    EndpointSlice,
+    Service,
+    address_text,
+)
+
+CAPACITY = 2000
+MOST_IN_ONE_CHANGE = 50
+"""So many endpoints of one slice get an entry of their own; the others are counted in one more."""
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One change. `sequence` grows by 1; `time` is seconds since the epoch.
+
+    `kind` is one of KINDS. `elements` counts what its transaction wrote, `delay_seconds` is from
+    the API's trigger time to the kernel, None where the API server noted no cause.
+    """
+
+    sequence: int
+    time: float
+    kind: str
+    service: str = ""
+    endpoint: str = ""
+    pod: str = ""
+    node: str = ""
+    reason: str = ""
+    elements: int = 0
+    delay_seconds: float | None = None
+
+
+KINDS = (
+    "service_added",
+    "service_changed",
+    "service_removed",
+    "endpoint_added",
+    "endpoint_changed",
+    "endpoint_removed",
+    "started",
+    "resynced",
+    "repaired",
+    "refused_by_kernel",
+)
+
+
+class ObjectChange(NamedTuple):
+    """An object's version before and after; None for none. Both are of one kind and one name."""
+
+    before: Service | EndpointSlice | None
+    after: Service | EndpointSlice | None
+
+
+class History:
+    """See the module. One thread records; any thread may ask for `entries`.
+
+    `seconds` reads the API's trigger time (RFC 3339) as seconds since the epoch, None if it cannot.
+    """
+
+    def __init__(self, seconds: Callable[[str], float | None], capacity: int = CAPACITY) -> None:
+        self._seconds = seconds
+        self._entries: deque[Entry] = deque(maxlen=max(1, capacity))
+        self._sequence = 0
+
+    def record(self, changes: Iterable[ObjectChange], now: float, elements: int) -> None:
+        """Adds the changes that one transaction has programmed."""
+        for change in changes:
+            for kind, fields in _described(change):
+                self._add(kind, now, elements=elements, **fields)
+
+    def note(self, kind: str, now: float, reason: str, elements: int = 0) -> None:
+        """Adds an entry about the node as a whole: a start, a repair, a refusal."""
+        self._add(kind, now, reason=reason, elements=elements)
+
+    def entries(
+        self, *, service: str = "", since: float = 0.0, after: int = 0, limit: int = CAPACITY
+    ) -> list[Entry]:
+        """The newest entries, oldest first: of a Service (namespace/name), not older than `since`
+        (seconds since the epoch), with a sequence number above `after`."""
+        found = [
+            entry
+            for entry in self._entries.copy()
+            if entry.sequence > after
+            and entry.time >= since
+            and (not service or entry.service == service)
+        ]
+        return found[-limit:]
+
+    def _add(self, kind: str, now: float, **fields: object) -> None:
+        self._sequence += 1
+        triggered = fields.pop("triggered", "")
+        if isinstance(triggered, str) and (cause := self._seconds(triggered)) is not None:
+            fields["delay_seconds"] = round(max(0.0, now - cause), 3)
+        self._entries.append(Entry(self._sequence, now, kind, **fields))  # type: ignore[arg-type]
+
+
+_Described = tuple[str, dict[str, object]]
+
+
+def _described(change: ObjectChange) -> Iterator[_Described]:
+    before, after = change
+    if isinstance(before, EndpointSlice) or isinstance(after, EndpointSlice):
+        assert not isinstance(before, Service)
+        assert not isinstance(after, Service)
+        yield from _of_slice(before, after)
+    elif before is None and after is not None:
+        yield "service_added", {"service": str(after.name)}
+    elif after is None and before is not None:
+        yield "service_removed", {"service": str(before.name)}
+    elif before is not None and after is not None and (fields := _differing(before, after)):
+        yield "service_changed", {"service": str(after.name), "reason": f"changed: {fields}"}
+
+
+def _differing(before: Service, after: Service) -> str:
+    """The names of the fields that differ, but for `problems`."""
+    names = (field for field in Service.__struct_fields__ if field != "problems")
+    return ", ".join(n for n in names if getattr(before, n) != getattr(after, n))
+
+
+def _of_slice(before: EndpointSlice | None, after: EndpointSlice | None) -> Iterator[_Described]:
+    if before and after and before.service != after.service:
+        yield from _of_slice(before, None)
+        yield from _of_slice(None, after)
+        return
+    piece = after or before
+    if piece is None:
+        return
+    had, has = _by_address(before), _by_address(after)
+    common: dict[str, object] = {"service": str(piece.service)}
+    if after:
+        common["triggered"] = after.triggered
+    left = MOST_IN_ONE_CHANGE
+    more = 0
+    for address in [*(a for a in had if a not in has), *has]:
+        old, new = had.get(address), has.get(address)
+        if old == new:
+            continue
+        if not left:
+            more += 1
+            continue
+        described = _of_endpoint(address, old, new, slice_is_gone=after is None)
+        if described:
+            left -= 1
+            kind, fields = described
+            yield kind, common | fields
+    if more:
+        yield "endpoint_changed", {**common, "reason": f"and {more} more endpoints of this slice"}
+
+
+def _by_address(piece: EndpointSlice | None) -> dict[Address, Endpoint]:
+    return {endpoint.address: endpoint for endpoint in piece.endpoints} if piece else {}
+
+
+def _of_endpoint(
+    address: Address, old: Endpoint | None, new: Endpoint | None, *, slice_is_gone: bool
+) -> _Described | None:
+    endpoint = new or old
+    assert endpoint is not None
+    fields: dict[str, object] = {
+        "endpoint": address_text(address),
+        "pod": endpoint.pod,
+        "node": endpoint.node,
+    }
+    if old is None:
+        return "endpoint_added", {**fields, "reason": condition_text(endpoint.conditions)}
+    if new is None:
+        was = condition_text(old.conditions)
+        why = "its EndpointSlice was deleted" if slice_is_gone else "removed from its EndpointSlice"
+        return "endpoint_removed", {**fields, "reason": f"{why}; it was {was}"}
+    reasons = []
+    if old.conditions != new.conditions:
+        reasons.append(
+            f"{condition_text(old.conditions)} before, {condition_text(new.conditions)} now"
+        )
+    if (old.node_hints, old.zone_hints) != (new.node_hints, new.zone_hints):
+        reasons.append("other topology hints")
+    if (old.node, old.zone, old.pod) != (new.node, new.zone, new.pod):
+        reasons.append("another pod or node has the address")
+    return ("endpoint_changed", {**fields, "reason": "; ".join(reasons)}) if reasons else None
+
+
+def condition_text(conditions: int) -> str:
+    """An endpoint's conditions (READY, SERVING, TERMINATING bits) in a few words."""
+    if conditions & TERMINATING:
+        return "terminating, still serving" if conditions & SERVING else "terminating"
+    return "ready" if conditions & READY else "not ready"
