@@ -30,7 +30,7 @@ POD = OF_KIND["DaemonSet"]["spec"]["template"]["spec"]
 DATA: Mapping[str, str] = OF_KIND["ConfigMap"]["data"]
 
 
-@pytest.mark.parametrize("version", ["1.29", "1.33", "1.36"])
+@pytest.mark.parametrize("version", ["1.29", "1.33", "1.34", "1.35", "1.36"])
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d["kind"])
 def test_valid_for_kubernetes(document: dict[str, Any], version: str) -> None:
     kubernetes_validate.validate(document, version, strict=True)
@@ -120,14 +120,15 @@ def test_configuration_is_one_that_the_agent_takes() -> None:
     conntrack = {n: v for n, v in read.chosen.items() if n.startswith("conntrack_")}
     assert len(conntrack) == 4
     assert not any(conntrack.values()), "/proc/sys cannot be written there"
-    (mount,) = CONTAINER["volumeMounts"]
+    mount, run = CONTAINER["volumeMounts"]
+    assert run["mountPath"] == "/run/sliceproxy"
     assert settings.kubeconfig == f"{mount['mountPath']}/kubeconfig.conf"
     assert CONTAINER["args"] == ["run", "--config", f"{mount['mountPath']}/config.conf"]
     (port,) = CONTAINER["ports"]
     healthz = settings.healthz()
     assert healthz
     assert healthz.port == port["containerPort"]
-    for probe in ("livenessProbe", "readinessProbe"):
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert CONTAINER[probe]["httpGet"] == {"path": "/livez", "port": port["name"]}
 
 
