@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from agent import log
-from agent.cli.flags import fail, settings, settings_flags
+from agent.cli.flags import settings, settings_flags
+from agent.kernel.conntrack import Conntrack, ConntrackError
 from agent.kernel.sysctl import configure
 
 
@@ -18,11 +20,18 @@ def command(**flags: Any) -> None:
 
     For a privileged init container, as kube-proxy's --init-only, so that the agent itself needs no
     more than NET_ADMIN. The agent finds the settings as it wants them and does not write them.
-    Exit code 2 if one of them could not be set.
+    A setting that cannot be written is a warning, not a failure: a node with a smaller conntrack
+    table is better than a node without a proxy, which a failed init container would leave.
     """
     chosen, file = settings(flags)
     logger = log.configure("info")
+    _load_conntrack()
     outcome = configure(chosen.conntrack(), logger)
-    if outcome.failed:
-        fail("could not set all conntrack settings; run `sliceproxy init` privileged")
     logger.info("initialized", changed=outcome.changed, config=file.path if file else None)
+
+
+def _load_conntrack() -> None:
+    """On a node that has just booted conntrack may not be loaded, and then its settings do not
+    exist. The kernel loads it for the first request about its entries."""
+    with suppress(OSError, ConntrackError), Conntrack() as conntrack:
+        next(conntrack.dump_udp(4), None)

@@ -8,6 +8,8 @@ import re
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import tarfile
 import tomllib
 import urllib.error
@@ -359,11 +361,24 @@ def test_as_the_daemonset_has_it(node: Node, tmp_path: Path, wired: str) -> None
         account.mkdir()
         (account / "token").write_text("what the kubelet wrote\n")
         (account / "ca.crt").write_text("")
+        mounted = {str(config): {"bind": "/etc/sliceproxy", "mode": "ro"}}
+        (init,) = there["DaemonSet"]["spec"]["template"]["spec"]["initContainers"]
+        # In a container without privileges it names what it cannot set, and does not fail.
+        code, said = node.once(*init["args"], volumes=mounted)
+        assert code == 0, said
+        events = [json.loads(line)["event"] for line in said.splitlines()]
+        assert len(events) == 2, said
+        assert events[-1] == "initialized"
+        # A container engine inside a container starts no privileged one, so the command itself runs
+        # in the node's namespace with the rights that the manifest gives it.
+        command = [sys.executable, "-m", "agent", *init["args"][:2], str(config / "config.conf")]
+        initialized = node.world.popen("node", command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        assert initialized.wait(20) == 0
         agent = node.start(
             *container["args"],
             environment={"NODE_NAME": "node-1", "KUBERNETES_SERVICE_HOST": "10.96.0.1"},
             volumes={
-                str(config): {"bind": "/etc/sliceproxy", "mode": "ro"},
+                **mounted,
                 str(account): {
                     "bind": "/var/run/secrets/kubernetes.io/serviceaccount",
                     "mode": "ro",

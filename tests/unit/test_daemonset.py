@@ -13,6 +13,7 @@ import yaml
 
 from agent.config import file as config_file
 from agent.config.settings import Settings
+from agent.kernel.sysctl import ConntrackSettings
 from agent.log import configure
 from agent.sources.kubernetes.follower import Follower, connect
 from rules.events import Event, Synced
@@ -107,6 +108,9 @@ def test_confinement_is_that_of_the_container_tests() -> None:
     assert CONFINED["security_opt"] == ["no-new-privileges"]
     assert f"{context['runAsUser']}:{context['runAsGroup']}" == CONFINED["user"]
     assert not context["privileged"]
+    (init,) = POD["initContainers"]
+    assert init["securityContext"]["privileged"], "the one container that writes /proc/sys"
+    assert init["args"] == ["init", *CONTAINER["args"][1:]]
     assert "hostPID" not in POD
     assert not any("hostPath" in volume for volume in POD["volumes"])
 
@@ -117,9 +121,8 @@ def test_configuration_is_one_that_the_agent_takes() -> None:
     assert not read.without_meaning
     settings = Settings(**read.chosen)
     assert settings.options().detect_local is DetectLocalMode.NODE_CIDR
-    conntrack = {n: v for n, v in read.chosen.items() if n.startswith("conntrack_")}
-    assert len(conntrack) == 4
-    assert not any(conntrack.values()), "/proc/sys cannot be written there"
+    # the init container sets what the agent, which cannot write /proc/sys, expects
+    assert settings.conntrack() == ConntrackSettings()
     mount, run = CONTAINER["volumeMounts"]
     assert run["mountPath"] == "/run/sliceproxy"
     assert settings.kubeconfig == f"{mount['mountPath']}/kubeconfig.conf"

@@ -24,7 +24,7 @@ from kubernetes_validate.utils import SchemaNotFoundError
 
 from agent import __version__
 from agent.config import file as config_file
-from tests.container.conftest import CONFINED
+from tests.confinement import CONFINED
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -223,7 +223,9 @@ def test_kubeadms_configuration_is_read_where_it_says() -> None:
     pod = daemon_set(resources)["spec"]["template"]["spec"]
     assert pod["volumes"][0]["configMap"]["name"] == "kube-proxy"
     place = container(resources)["volumeMounts"][0]["mountPath"]
-    assert f"{place}/config.conf" in container(resources)["args"]
+    for one in (container(resources), *pod["initContainers"]):
+        assert f"{place}/config.conf" in one["args"]
+        assert one["volumeMounts"][0]["mountPath"] == place
     recorded = yaml.safe_load((ROOT / "tests/recordings/kubeadm-kube-proxy.yaml").read_text())
     read = config_file.parse(recorded["data"]["config.conf"], "config.conf")
     assert config_file.Settings(**read.chosen).kubeconfig == f"{place}/kubeconfig.conf"
@@ -350,6 +352,7 @@ def test_chart_passes_helms_own_check() -> None:
         {"podMonitor": {"enabled": True, "interval": "30s"}, "events": {"enabled": True}},
         {"image": {"repository": "registry.example/sliceproxy", "digest": "sha256:" + "0" * 64}},
         {"imagePullSecrets": [{"name": "registry"}], "extraArgs": ["--log-level=debug"]},
+        {"init": {"enabled": False}},
         {"updateStrategy": {"maxUnavailable": 1}, "namespace": "networking"},
     ],
     ids=lambda v: ", ".join(v) or "none",
