@@ -1,31 +1,14 @@
-"""Log lines: for people on a terminal, JSON for everything else.
-
-Whoever imports this before anything else that logs has a structlog without asyncio and rich, which
-it imports for what nobody here does: to log from coroutines and to colour tracebacks.
-"""
+"""Log lines: for people on a terminal, JSON for everything else."""
 
 from __future__ import annotations
 
 import logging
 import sys
 
-from agent.deferred import load
+import structlog
 
-# else, from Python 3.12 on, each LogRecord asks asyncio for the task, if somebody has imported it
+# from Python 3.12 on each LogRecord else asks asyncio for the task, if it has been imported
 logging.logAsyncioTasks = False  # type: ignore[attr-defined]
-
-load(
-    ["structlog"],
-    {
-        "asyncio": (),
-        "rich": (),
-        "rich.console": ("Console",),
-        "rich.pretty": (),
-        "rich.traceback": ("Traceback",),
-    },
-)
-
-import structlog  # noqa: E402 - load has imported it
 
 
 def configure(level: str = "info") -> structlog.typing.FilteringBoundLogger:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Protocol
 from agent import __version__, log
 from agent.config.file import ConfigFile
 from agent.config.settings import Settings
-from agent.deferred import load
 from agent.kernel import addresses, kube_proxy
 from agent.kernel.readahead import read_ahead
 from agent.kernel.sysctl import configure
@@ -111,8 +110,6 @@ def _source(
             return Manifests(places, put, logger)
         except ManifestError as error:
             raise CannotRun(str(error)) from None
-    # urllib3 wants to know the version of what it needs for HTTP/2, if asked for that
-    load(["urllib3"], {"importlib.metadata": ("version",)})
     from agent.sources.kubernetes.follower import ConnectError, connect
     from agent.sources.kubernetes.follower import Follower as Kubernetes
 

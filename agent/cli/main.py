@@ -15,6 +15,7 @@ from importlib import import_module
 import click
 
 from agent import __version__
+from agent.imports import lightly
 
 COMMANDS = ("run", "init", "cleanup", "render", "diff", "endpoints", "explain", "demo")
 
@@ -30,6 +31,13 @@ class _Commands(click.Group):
             return None
         command: click.Command = import_module(f"agent.cli.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == "run":  # on every node, for long; the other commands need not be light
+            lightly("agent.cli.run")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(

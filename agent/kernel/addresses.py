@@ -14,20 +14,16 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from agent.deferred import load
-from rules.events import Event, NodeAddresses
-from rules.objects import Address, parse_address
-
-# the package's code would import all of pyroute2: 0.1 s and 4 MB more
-load(["pyroute2.iproute.linux"], {"pyroute2": ()})
-
-from pyroute2.iproute.linux import IPRoute  # noqa: E402
-from pyroute2.netlink.rtnl import (  # noqa: E402
+from pyroute2.iproute.linux import IPRoute
+from pyroute2.netlink.rtnl import (
     RTMGRP_IPV4_IFADDR,
     RTMGRP_IPV4_ROUTE,
     RTMGRP_IPV6_IFADDR,
     RTMGRP_IPV6_ROUTE,
 )
+
+from rules.events import Event, NodeAddresses
+from rules.objects import Address, parse_address
 
 # where packets to nowhere in particular would leave from (documentation prefixes, never sent to)
 _SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}

@@ -39,8 +39,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 
 import structlog
+from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
+from pyroute2.netlink.nfnetlink.nfctsocket import (
+    IPCTNL_MSG_CT_DELETE,
+    IPCTNL_MSG_CT_GET,
+    NFCTAttrTuple,
+    nfct_msg,
+)
 
-from agent.deferred import load
 from rules.netlink import (
     FAMILY_NUMBER,
     HEADER,
@@ -58,16 +64,6 @@ from rules.program import Claim
 from rules.stale_flows import Aim, Flow, Serving, aim
 from rules.tables import FAMILIES
 from rules.target import target_of
-
-load(["pyroute2.netlink.nfnetlink.nfctsocket"], {"pyroute2": ()})  # as in agent.kernel.addresses
-
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK  # noqa: E402
-from pyroute2.netlink.nfnetlink.nfctsocket import (  # noqa: E402
-    IPCTNL_MSG_CT_DELETE,
-    IPCTNL_MSG_CT_GET,
-    NFCTAttrTuple,
-    nfct_msg,
-)
 
 FEW = 4
 """So many destinations are asked for one by one."""

@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
-from agent.deferred import load
 from agent.serve.health import NOT_FOUND, Answer, Log, Port, Request, Server, listen
 from rules.events import Delete, Event, Upsert
 from rules.language import Set, Table
@@ -161,8 +160,6 @@ class Metrics(Recorder):
         *,
         connections: Callable[[], Iterable[Connections]] | None = None,
     ) -> None:
-        # the package's code would import its servers; what writes the text comes with a scrape
-        load(["prometheus_client.core"], {"prometheus_client": ()})
         from prometheus_client.metrics import disable_created_metrics
         from prometheus_client.process_collector import ProcessCollector
         from prometheus_client.registry import CollectorRegistry

@@ -7,7 +7,7 @@ what an operator is told.
 The official client reads configurations (a pod's service account, kubeconfigs, exec plugins) and
 keeps tokens fresh, and its urllib3 pool carries the bytes. Its model classes and its own watch are
 not used: for 5,000 endpoints they take 190 ms where our records take 16 (*measured*). They are not
-even loaded (`agent.deferred`). What the client does not keep fresh (a kubeconfig's `tokenFile`, as
+even imported (`agent.imports`). What the client does not keep fresh (a kubeconfig's `tokenFile`, as
 kubeadm's has it, and certificates) is loaded anew every few minutes, and at once when the server
 does not accept us.
 
@@ -38,7 +38,6 @@ from urllib.parse import urlencode, urlsplit
 import urllib3
 from structlog.typing import FilteringBoundLogger
 
-from agent.deferred import load
 from agent.sources.kubernetes.reflector import (
     Ask,
     Reflector,
@@ -53,16 +52,6 @@ from rules.events import Event, Synced
 RELOAD_SECONDS = 300.0
 MAX_BATCH = 10_000
 STOP_SECONDS = 0.5
-
-_DEFERRED: dict[str, tuple[str, ...]] = {
-    "kubernetes": (),  # whose code imports the rest of the client, websockets and all
-    "kubernetes.utils": (),
-    "kubernetes.config": (),
-    # used only to refresh the tokens of the auth provider oidc
-    "kubernetes.client": ("ApiClient",),
-    "oauthlib.oauth2": (),
-    "requests_oauthlib": ("OAuth2Session",),
-}
 
 _READ_BYTES = 1 << 18
 _IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
@@ -137,7 +126,6 @@ class Connection:
     def _new_client(self) -> Any:
         self._loaded_at = time.monotonic()
         with _loading(self.origin):
-            load(["kubernetes.client.rest"], _DEFERRED)
             from kubernetes.client.rest import RESTClientObject
 
             configuration = self._load()
@@ -182,12 +170,8 @@ def connect(
 
 
 def _configuration() -> Any:
-    load(["kubernetes.client.configuration"], _DEFERRED)
-    from kubernetes import client
     from kubernetes.client.configuration import Configuration
 
-    # where the loaders of configurations look for it; else the code of `kubernetes.client` runs
-    vars(client).setdefault("Configuration", Configuration)
     configuration = Configuration()
     configuration.keep_alive = True
     return configuration
@@ -195,7 +179,6 @@ def _configuration() -> Any:
 
 def _in_cluster() -> Any:
     configuration = _configuration()
-    load(["kubernetes.config.incluster_config"], _DEFERRED)
     from kubernetes.config import incluster_config
 
     loader = cast(Any, incluster_config)
@@ -205,7 +188,6 @@ def _in_cluster() -> Any:
 
 def _from_file(paths: str, context: str | None) -> Any:
     configuration = _configuration()
-    load(["kubernetes.config.kube_config"], _DEFERRED)
     from kubernetes.config import kube_config
 
     loader = cast(Any, kube_config)

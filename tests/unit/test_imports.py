@@ -1,4 +1,4 @@
-"""What the agent does not use is not loaded, and comes when it is asked for.
+"""What the agent does not use is not imported, and is imported when something asks for it.
 
 Each case is a fresh interpreter: this one has loaded everything already.
 """
@@ -22,7 +22,11 @@ users: [{name: a, user: {token: secret}}]
 contexts: [{name: a, context: {cluster: a, user: a}}]
 """
 
-CONNECT = "from agent.sources.kubernetes.follower import connect; connection = connect({}); "
+LIGHTLY = "from agent.imports import lightly; lightly('agent.cli.run'); "
+
+CONNECT = (
+    LIGHTLY + "from agent.sources.kubernetes.follower import connect; connection = connect({}); "
+)
 
 
 def fresh(code: str, directory: Path = ROOT) -> str:
@@ -54,7 +58,8 @@ def library(tmp_path: Path) -> Path:
     (tmp_path / "lib").mkdir()
     files = {
         "__init__": "print('lib'); from lib import part; x = part.y",
-        "part": "from lib import tool; from lib.tool import Tool; y = 2\ndef use(): return Tool(3)",
+        "part": "from lib import tool; from lib.tool import Tool; y = 2; v = 4\n"
+        "def use(): return Tool(3)",
         "tool": "print('tool'); z = 1\nclass Tool:\n  def __init__(self, n): self.n = n",
     }
     for name, code in files.items():
@@ -62,10 +67,13 @@ def library(tmp_path: Path) -> Path:
     return tmp_path
 
 
-DEFER = "from agent.deferred import load; load(['lib.part'], {'lib': (), 'lib.tool': ('Tool',)}); "
+DEFER = (
+    "from agent import imports; imports.SKIPPED = {'lib': (), 'lib.tool': ('Tool',)}; "
+    "imports.REEXPORTED = {('lib', 'v'): 'lib.part'}; imports.lightly('lib.part'); "
+)
 
 
-def test_a_deferred_module_is_there_without_having_run(library):
+def test_a_skipped_module_can_be_imported_without_running(library):
     assert fresh(DEFER + "import lib.part, lib.tool; print(lib.part.y)", library) == "2"
 
 
@@ -84,22 +92,57 @@ def test_a_name_that_is_only_called_loads_its_module_when_it_is(library):
     assert fresh(code, library).split() == ["tool", "3", "Tool"]
 
 
-def test_others_get_the_real_class_from_the_module(library):
-    code = DEFER + "from lib.tool import Tool; print(isinstance(Tool, type))"
+def test_the_module_has_the_real_class_once_it_runs(library):
+    code = DEFER + "import lib.tool; lib.tool.z; print(isinstance(lib.tool.Tool, type))"
     assert fresh(code, library).split() == ["tool", "True"]
 
 
-def test_what_cannot_be_deferred_is_imported_as_usual(library):
+def test_a_reexported_name_does_not_run_the_package(library):
+    assert fresh(DEFER + "from lib import v; print(v)", library) == "4"
+
+
+def test_the_code_may_use_names_that_it_has_yet_to_define(library):
+    (library / "lib" / "__init__.py").write_text(
+        "import sys\nme = sys.modules[__name__]\nprint(hasattr(me, 'later'))\nlater = 1"
+    )
+    assert fresh(DEFER + "import lib; print(lib.later)", library).split() == ["False", "1"]
+
+
+def test_a_module_that_fails_runs_again_when_it_is_asked_again(library):
+    (library / "lib" / "tool.py").write_text("import gone")
+    code = DEFER + (
+        "import lib.tool\n"
+        "for _ in range(2):\n"
+        "  try: lib.tool.z\n"
+        "  except ModuleNotFoundError as error: print(error.name)"
+    )
+    assert fresh(code, library).split() == ["gone", "gone"]
+
+
+def test_threads_get_the_whole_module(library):
+    (library / "lib" / "tool.py").write_text("import time; time.sleep(0.2); z = 1; Tool = 2")
+    code = DEFER + (
+        "import lib.tool\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "  print(*pool.map(lambda _: lib.tool.z, range(8)), sep='')"
+    )
+    assert fresh(code, library) == "11111111"
+
+
+def test_a_library_that_does_not_bear_it_is_imported_as_usual(library):
+    """As a version of it may be that derives from a class of a skipped module."""
     (library / "lib" / "part.py").write_text(
         "from lib.tool import Tool\nclass Own(Tool): pass\ny = 2\nprint('part')"
     )
     said = fresh(DEFER + "import lib; print(lib.x, lib.part.Own(5).n)", library)
-    assert said.split() == ["lib", "tool", "part", "2", "5"]
+    assert said.split()[-5:] == ["lib", "tool", "part", "2", "5"]
 
 
-def test_a_library_without_what_is_to_be_deferred_is_imported_as_usual(library):
-    code = "from agent.deferred import load; load(['lib.part'], {'lib': (), 'lib.gone': ()}); "
-    assert fresh(code + "import lib; print(lib.x)", library).split() == ["lib", "tool", "2"]
+def test_a_library_without_the_module_is_imported_all_the_same(library):
+    (library / "lib" / "tool.py").unlink()
+    (library / "lib" / "part.py").write_text("y = 2")
+    assert fresh(DEFER + "import lib; print(lib.part.y)", library) == "2"
 
 
 # --- the agent ----------------------------------------------------------------------------------
@@ -119,10 +162,10 @@ UNUSED = {
     # of the demo and of other commands
     *("lab.world", "agent.sources.manifests.follower", "nftables", "inotify_simple"),
 }
-"""What comes with the libraries that the agent imports, or with the project, and is not needed."""
+"""Parts of the libraries and of the project that the agent does not need."""
 
-START = (
-    "import agent.cli.main, agent.kernel.tables, agent.run; from agent.config.file import merged; "
+START = LIGHTLY + (
+    "import agent.run; from agent.config.file import merged; "
     "settings = merged(None, {}); log = agent.run.log.configure(); "
     "metrics = agent.run.Metrics(agent.run.__version__); "
     "agent.run._source((), settings, print, log, metrics); "
@@ -144,7 +187,7 @@ def test_a_start_loads_nothing_that_is_not_used(credentials, tmp_path):
 
 def test_a_traceback_for_people_finds_rich():
     code = (
-        "import agent.log, structlog, io\n"
+        LIGHTLY + "import structlog, io\n"
         "text = io.StringIO()\n"
         "try: 1 / 0\n"
         "except ArithmeticError: structlog.dev.rich_traceback(text, sys.exc_info())\n"
