@@ -21,8 +21,10 @@ from typing import NamedTuple
 import structlog
 
 from agent.kernel.conntrack import Flows
+from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
 from agent.kernel.readahead import ReadAhead, read_now
-from agent.kernel.tables import Full, Kernel, KernelError, OwnedByOther, Stale, Watcher
+from agent.kernel.tables import Kernel
+from agent.kernel.watcher import Watcher
 from agent.serve.health import Heartbeat
 from agent.serve.metrics import Recorder
 from rules.diff import Change
@@ -74,8 +76,8 @@ def reader(
         there = there or read_now(kernel, table.family)
         if there is None:
             return None
-        known = there.found.known(table)
-        if anew or not kernel.fits(there.found):
+        known = there.table.known(table)
+        if anew or not kernel.fits(there.table):
             known = known._replace(sets=dict.fromkeys(known.sets))
         return KernelView(known, there.elements)
 
@@ -129,7 +131,11 @@ class Loop:
         """Works until `Stop`. Raises what a `Failed` message carries."""
         watcher = None
         if not self._kernel.table_flags:
-            watcher = Watcher(self._kernel.port, lambda: self.put(Disturbed()))
+            watcher = Watcher(
+                self._kernel.port,
+                lambda: self.put(Disturbed()),
+                lambda _, error: self.put(Failed(error)),
+            )
             watcher.start()
         try:
             while self._turn():

@@ -21,9 +21,10 @@ from agent import __version__, log
 from agent.config.file import ConfigFile
 from agent.config.settings import Settings
 from agent.kernel import addresses, kube_proxy
+from agent.kernel.errors import KernelError
 from agent.kernel.readahead import read_ahead
 from agent.kernel.sysctl import configure
-from agent.kernel.tables import Kernel, KernelError
+from agent.kernel.tables import Kernel
 from agent.loop import Failed, Loop, Observers, Stop
 from agent.serve.health import HealthServers, Heartbeat
 from agent.serve.metrics import Metrics, MetricsServer, Recorder
@@ -72,14 +73,14 @@ def run(places: tuple[str, ...], settings: Settings, file: ConfigFile | None) ->
         )
         _stop_on_signals(loop)
         source = _source(places, settings, loop.put, logger, observers.recorder)
-        network = addresses.Follower(loop.put, lambda error: loop.put(Failed(error)))
+        network = addresses.AddressFollower(loop.put, lambda _, error: loop.put(Failed(error)))
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         if not places:  # who tries manifests on a machine does not want it configured
             _set_oom_score(settings.oom_score_adj, logger)
             configure(settings.conntrack(), logger)
         _warn_of_kube_proxy(kernel, logger)
         network.start()
-        network.told.wait()
+        network.ready.wait()
         source.start()
         loop.run()
         logger.info("stopped", tables="left in place")

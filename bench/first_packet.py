@@ -45,7 +45,7 @@ from bench.results import Results, metric, say, yardstick
 from bench.server import Prepared
 from lab.world import World
 from rules.language import Base, Chain, Final, Hook, Is, Status, rule
-from rules.netlink import Batch
+from rules.netlink.batch import Batch
 
 _PODS = 10
 _FIRST_PORT = 20000

@@ -51,7 +51,7 @@ class Flow(NamedTuple):
     entry: bytes = b""
 
 
-class Aim(NamedTuple):
+class FlowFilter(NamedTuple):
     """What flows to one claim have in common; the address of a node port is empty: any."""
 
     family: int
@@ -71,10 +71,10 @@ def is_udp(claim: Claim) -> bool:
     return claim.key[-2 * PORT_LENGTH] == UDP
 
 
-def aim(claim: Claim) -> Aim:
+def flow_filter(claim: Claim) -> FlowFilter:
     """Where flows to this claim are sent to."""
     key = claim.key
-    return Aim(claim.verdicts.family, key[: -2 * PORT_LENGTH], port_of(key))
+    return FlowFilter(claim.verdicts.family, key[: -2 * PORT_LENGTH], port_of(key))
 
 
 def must_look(before: Serving, after: Serving) -> bool:

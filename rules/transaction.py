@@ -17,7 +17,7 @@ from typing import NamedTuple
 from rules import text as nft
 from rules.diff import Change
 from rules.language import FAMILY_NAME, Chain, Set, Table
-from rules.netlink import Batch
+from rules.netlink.batch import Batch
 from rules.tables import TABLE
 
 

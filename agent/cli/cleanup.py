@@ -6,7 +6,8 @@ import click
 
 from agent.cli.flags import FAILURE, fail
 from agent.kernel import kube_proxy
-from agent.kernel.tables import Kernel, KernelError
+from agent.kernel.errors import KernelError
+from agent.kernel.tables import Kernel
 
 
 @click.command("cleanup")

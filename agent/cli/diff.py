@@ -11,7 +11,8 @@ from pyroute2 import IPRoute
 from agent.cli.flags import fail, output_flag, required_from_flag, settings, settings_flags
 from agent.cli.state import from_manifests
 from agent.kernel import addresses
-from agent.kernel.tables import Kernel, KernelError
+from agent.kernel.errors import KernelError
+from agent.kernel.tables import Kernel
 from agent.loop import reader
 from rules.transaction import commands
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from agent.cli.flags import fail, output_flag, required_from_flag, settings, settings_flags
 from agent.cli.state import from_manifests
-from agent.kernel.tables import Kernel, KernelError
+from agent.kernel.errors import KernelError
+from agent.kernel.tables import Kernel
 from rules.endpoint_report import QuestionError
 from rules.explain import (
     Asked,

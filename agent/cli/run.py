@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agent.cli.flags import fail, from_flag, settings, settings_flags
-from agent.kernel.tables import KernelError
+from agent.kernel.errors import KernelError
 from agent.run import CannotRun, run
 
 

@@ -7,8 +7,6 @@ of them are read again: there are few, and a list cannot drift.
 from __future__ import annotations
 
 import ipaddress
-import os
-import select
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -16,18 +14,20 @@ from typing import Any
 
 from pyroute2.iproute.linux import IPRoute
 from pyroute2.netlink.rtnl import (
-    RTMGRP_IPV4_IFADDR,
-    RTMGRP_IPV4_ROUTE,
-    RTMGRP_IPV6_IFADDR,
-    RTMGRP_IPV6_ROUTE,
+    RTNLGRP_IPV4_IFADDR,
+    RTNLGRP_IPV4_ROUTE,
+    RTNLGRP_IPV6_IFADDR,
+    RTNLGRP_IPV6_ROUTE,
 )
 
+from agent.kernel.socket import NETLINK_ROUTE, NetlinkSocket
+from agent.worker import Failed, Worker
 from rules.events import Event, NodeAddresses
 from rules.objects import Address, parse_address
 
 # where packets to nowhere in particular would leave from (documentation prefixes, never sent to)
 _SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-_GROUPS = RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE
+_GROUPS = (RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE)
 
 
 def read(route: Any) -> NodeAddresses:
@@ -48,7 +48,7 @@ def _usable(text: str) -> Address | None:
 
 
 def _primary(addresses: set[Address]) -> tuple[Address, ...]:
-    """Per family the source address of the default route, else the lowest address there is."""
+    """Per family the source address of the default route, else the lowest address."""
     found = []
     for family, somewhere in _SOMEWHERE.items():
         length = 4 if family == socket.AF_INET else 16
@@ -71,64 +71,40 @@ def _source_towards(family: int, destination: str) -> Address:
         return b""
 
 
-class Follower(threading.Thread):
-    """Tells the node's addresses at start, then sets `told`, and tells them when they change."""
+class AddressFollower(Worker):
+    """Reports the node's addresses at start, then sets `ready`, and reports them when they change.
 
-    def __init__(
-        self, put: Callable[[Sequence[Event]], None], failed: Callable[[Exception], None]
-    ) -> None:
-        super().__init__(name="node addresses", daemon=True)
-        self.told = threading.Event()
+    `ready` is also set if it fails.
+    """
+
+    def __init__(self, put: Callable[[Sequence[Event]], None], failed: Failed) -> None:
+        super().__init__("node addresses", failed)
+        self.ready = threading.Event()
         self._put = put
-        self._failed = failed
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._last: NodeAddresses | None = None
 
-    def run(self) -> None:
+    def work(self) -> None:
         """Listens until `stop`."""
         try:
-            self._follow()
-        except Exception as error:
-            self._failed(error)
+            with _listener() as changes, IPRoute() as route:
+                self._report(read(route))
+                self.ready.set()
+                while self.wait_readable(changes.fileno()):
+                    changes.drain()
+                    self._report(read(route))
         finally:
-            self.told.set()
-            os.close(self._wake)
+            self.ready.set()
 
-    def _follow(self) -> None:
-        with _listener() as changes, IPRoute() as route:
-            self._tell(read(route))
-            self.told.set()
-            poll = select.poll()
-            poll.register(changes, select.POLLIN)
-            poll.register(self._wake, select.POLLIN)
-            while all(fd != self._wake for fd, _ in poll.poll()):
-                _drain(changes)
-                self._tell(read(route))
-
-    def _tell(self, addresses: NodeAddresses) -> None:
+    def _report(self, addresses: NodeAddresses) -> None:
         if addresses != self._last:
             self._last = addresses
             self._put([addresses])
 
-    def stop(self) -> None:
-        """Ends the thread."""
-        os.eventfd_write(self._wake, 1)
-        self.join()
 
-
-def _listener() -> socket.socket:
-    listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    listener.bind((0, _GROUPS))
-    listener.setblocking(False)
+def _listener() -> NetlinkSocket:
+    """Notifications about addresses and routes. What they say is not read: everything is read
+    again after any of them, also after an overflow."""
+    listener = NetlinkSocket(NETLINK_ROUTE)
+    for group in _GROUPS:
+        listener.join(group)
     return listener
-
-
-def _drain(changes: socket.socket) -> None:
-    """Whatever was told is read again anyway, also when the buffer overflowed (ENOBUFS)."""
-    while True:
-        try:
-            changes.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            continue

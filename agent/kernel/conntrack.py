@@ -32,7 +32,6 @@ kernel as the dump takes to begin.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -47,40 +46,45 @@ from pyroute2.netlink.nfnetlink.nfctsocket import (
     nfct_msg,
 )
 
-from rules.netlink import (
-    FAMILY_NUMBER,
-    HEADER,
+from agent.kernel.errors import ConntrackError
+from agent.kernel.socket import Interrupted, NetlinkSocket
+from rules.netlink.attributes import (
+    NLA_F_NESTED,
+    Fields,
+    Malformed,
+    attribute,
+    fields,
+    integer,
+    nest,
+)
+from rules.netlink.messages import (
+    NFGENMSG,
     NLM_F_ACK,
     NLM_F_DUMP,
     NLM_F_REQUEST,
-    NLMSG_DONE,
-    NLMSG_ERROR,
-    attribute,
-    attributes,
-    nest,
+    NLMSG_HEADER,
+    message,
 )
+from rules.netlink.nftables import NFPROTO
 from rules.objects import UDP
 from rules.program import Claim
-from rules.stale_flows import Aim, Flow, Serving, aim
+from rules.stale_flows import Flow, FlowFilter, Serving, flow_filter
 from rules.tables import FAMILIES
 from rules.target import target_of
 
 FEW = 4
 """So many destinations are asked for one by one."""
 
-_NETLINK_NETFILTER = 12
-_SO_RCVBUFFORCE = 33
-_SOL_NETLINK, _NETLINK_CAP_ACK = 270, 10
-_RECEIVE = 1 << 20
 _GET = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
 _DELETE = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE
 _DELETES_A_MESSAGE = 256  # 30 KB, and as many answers fit into the receive buffer
-_NFGEN = 4  # struct nfgenmsg
-_START = HEADER.size + _NFGEN  # of a message's attributes
+_START = NLMSG_HEADER.size + NFGENMSG.size  # of a message's attributes
 
-_TUPLE_ORIG, _TUPLE_REPLY, _STATUS, _ID, _ZONE = 1, 2, 3, 12, 18
-_TUPLE_IP, _TUPLE_PROTO = 1, 2
-_PROTO_NUMBER, _PROTO_SOURCE, _PROTO_DESTINATION = 1, 2, 3
+# include/uapi/linux/netfilter/nfnetlink_conntrack.h
+CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_STATUS, CTA_ID, CTA_ZONE = 1, 2, 3, 12, 18
+CTA_TUPLE_IP, CTA_TUPLE_PROTO = 1, 2
+CTA_IP_V4_SRC, CTA_IP_V4_DST, CTA_IP_V6_SRC, CTA_IP_V6_DST = 1, 2, 3, 4
+CTA_PROTO_NUM, CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT = 1, 2, 3
 
 _GONE = (errno.ENOENT, errno.EBUSY)
 """Not to be deleted: gone already; or in a flow table (offloaded), which the kernel refuses."""
@@ -88,24 +92,6 @@ _GONE = (errno.ENOENT, errno.EBUSY)
 _UNFILTERED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 Log = structlog.typing.FilteringBoundLogger
-
-
-class ConntrackError(Exception):
-    """Conntrack cannot be read or changed. The text tells the operator why and what to do."""
-
-    def __init__(self, code: int, subject: str) -> None:
-        words = f"{subject}: {os.strerror(code)} ({errno.errorcode.get(code, code)})"
-        super().__init__(f"{words}. {_ADVICE.get(code, '')}".rstrip())
-        self.errno = code
-
-
-_MODULE = "Load the kernel module nf_conntrack_netlink."
-_ADVICE = {
-    errno.EPERM: "Run it as root or with CAP_NET_ADMIN.",
-    errno.EINVAL: _MODULE,  # what nfnetlink answers for a subsystem that nobody has registered
-    errno.EOPNOTSUPP: _MODULE,
-    errno.EPROTONOSUPPORT: "The kernel needs nfnetlink and nf_conntrack_netlink.",
-}
 
 
 class Conntrack:
@@ -116,18 +102,9 @@ class Conntrack:
 
     def __init__(self) -> None:
         try:
-            self._socket = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
-            )
+            self._socket = NetlinkSocket()
         except OSError as error:
             raise ConntrackError(error.errno or errno.EIO, "conntrack") from None
-        self._socket.bind((0, 0))
-        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE * 4)
-        except PermissionError:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE * 4)
-        self._sequence = 0
 
     def __enter__(self) -> Conntrack:
         return self
@@ -144,15 +121,15 @@ class Conntrack:
         """Closes the connection."""
         self._socket.close()
 
-    def dump_udp(self, family: int, aimed: Aim | None = None) -> Iterator[Flow]:
-        """The UDP flows of a family, 4 or 6; with `aimed` those sent there, if the kernel can
+    def dump_udp(self, family: int, only: FlowFilter | None = None) -> Iterator[Flow]:
+        """The UDP flows of a family, 4 or 6; with `only` those sent there, if the kernel can
         tell them apart, else all. Use it up before the next call."""
         try:
-            yield from self._dump(dump_request(family, aimed))
+            yield from self._dump(dump_request(family, only))
         except ConntrackError as error:
             if error.errno not in _UNFILTERED:
                 raise
-            yield from self._dump(_request(family, nfct_msg()))
+            yield from self._dump(_content(family, nfct_msg()))
 
     def delete(self, flows: Iterable[Flow]) -> int:
         """Deletes flows, each only if it still leads where it led. Returns how many were there and
@@ -165,29 +142,29 @@ class Conntrack:
         return deleted
 
     def forget(
-        self, claims: Collection[Claim] | None, is_stale: Callable[[Flow], bool]
+        self, clfilters: Collection[Claim] | None, is_stale: Callable[[Flow], bool]
     ) -> dict[int, int]:
         """Deletes the flows that are stale; returns how many, by family, if there were any.
 
-        Looks at those to the given claims, with None at all UDP flows. `is_stale` is asked once
+        Looks at those to the given clfilters, with None at all UDP flows. `is_stale` is asked once
         for each destination, target and zone.
         """
         deleted: dict[int, int] = {}
         for family in FAMILIES:
-            aims = None if claims is None else _aims(claims, family)
-            if aims is None or aims:
-                stale = list(self._stale(family, aims, is_stale))
+            filters = None if clfilters is None else _filters(clfilters, family)
+            if filters is None or filters:
+                stale = list(self._stale(family, filters, is_stale))
                 if stale:
                     deleted[family] = self.delete(stale)
         return deleted
 
     def _stale(
-        self, family: int, aims: Collection[Aim] | None, is_stale: Callable[[Flow], bool]
+        self, family: int, filters: Collection[FlowFilter] | None, is_stale: Callable[[Flow], bool]
     ) -> Iterator[Flow]:
-        asked = [None] if aims is None or len(aims) > FEW else list(aims)
+        asked = [None] if filters is None or len(filters) > FEW else list(filters)
         judged: dict[tuple[bytes, bytes, int], bool] = {}
-        for aimed in asked:
-            for flow in self.dump_udp(family, aimed):
+        for only in asked:
+            for flow in self.dump_udp(family, only):
                 kind = flow[1:4]
                 verdict = judged.get(kind)
                 if verdict is None:
@@ -195,47 +172,32 @@ class Conntrack:
                 if verdict:
                     yield flow
 
-    def _dump(self, request: bytes) -> Iterator[Flow]:
-        self._sequence += 1
-        self._socket.send(_numbered(request, self._sequence))
-        while True:
-            data = self._receive()
-            for kind, sequence, start, end in _messages(data):
-                if sequence != self._sequence:
-                    continue
-                if kind in (NLMSG_DONE, NLMSG_ERROR):
-                    if code := _code(data, start):
-                        raise ConntrackError(code, "reading conntrack")
-                    return
+    def _dump(self, content: bytes) -> Iterator[Flow]:
+        try:
+            for data, start, end in self._socket.ask(_GET, content, NLM_F_DUMP):
                 flow = decode(data, start, end)
                 if flow is not None:
                     yield flow
+        except Malformed as error:
+            raise ConntrackError(errno.EBADMSG, "reading conntrack", str(error)) from None
+        except Interrupted:  # entries come and go all the time
+            return
+        except OSError as error:
+            raise ConntrackError(error.errno or errno.EIO, "reading conntrack") from None
 
     def _delete(self, flows: list[Flow]) -> int:
-        """Errors come for single flows; the last message is acknowledged in any case."""
-        first = self._sequence + 1
-        self._sequence += len(flows)
-        messages = [delete_request(f, first + index) for index, f in enumerate(flows[:-1])]
-        messages.append(delete_request(flows[-1], self._sequence, NLM_F_ACK))
-        self._socket.send(b"".join(messages))
-        deleted, answered = len(flows), False
-        while not answered:
-            data = self._receive()
-            for kind, sequence, start, _ in _messages(data):
-                if kind != NLMSG_ERROR or not first <= sequence <= self._sequence:
-                    continue
-                code = _code(data, start)
-                if code and code not in _GONE:
-                    raise ConntrackError(code, "deleting a conntrack entry")
-                deleted -= bool(code)
-                answered = answered or sequence == self._sequence
-        return deleted
-
-    def _receive(self) -> bytes:
+        """Errors are answered for single flows; the last message is acknowledged in any case."""
+        first = self._socket.number(len(flows))
+        requests = [delete_request(f, first + index) for index, f in enumerate(flows[:-1])]
+        requests.append(delete_request(flows[-1], first + len(flows) - 1, NLM_F_ACK))
         try:
-            return self._socket.recv(_RECEIVE)
+            failures = self._socket.transact(b"".join(requests), first, len(flows))
         except OSError as error:
-            raise ConntrackError(error.errno or errno.EIO, "the answer of conntrack") from None
+            raise ConntrackError(error.errno or errno.EIO, "deleting conntrack entries") from None
+        for failure in failures:
+            if failure.errno not in _GONE:
+                raise ConntrackError(failure.errno, "deleting a conntrack entry", failure.detail)
+        return len(flows) - len(failures)
 
 
 class Flows:
@@ -256,15 +218,15 @@ class Flows:
         *,
         everything: bool = False,
     ) -> dict[int, int]:
-        """Deletes stale flows, right behind the transaction: to the claims of `formerly`, or
+        """Deletes stale flows, right behind the transaction: to the clfilters of `formerly`, or
         with `everything` all that are. Returns how many, by family."""
         if not formerly and not everything:
             return {}
         try:
             if self._conntrack is None:
                 self._conntrack = Conntrack()
-            claims = None if everything else formerly
-            deleted = self._conntrack.forget(claims, lambda flow: is_stale(flow, formerly))
+            clfilters = None if everything else formerly
+            deleted = self._conntrack.forget(clfilters, lambda flow: is_stale(flow, formerly))
         except ConntrackError as error:
             self.close()  # answers to what was asked may still be under way
             if not self._failing:
@@ -283,62 +245,54 @@ class Flows:
             self._conntrack = None
 
 
-def _aims(claims: Iterable[Claim], family: int) -> set[Aim]:
+def _filters(clfilters: Iterable[Claim], family: int) -> set[FlowFilter]:
     """What to ask for; by port alone in IPv6, since filters by address do the opposite there."""
-    aims = {aim(claim) for claim in claims if claim.verdicts.family == family}
-    return {a._replace(address=b"") for a in aims} if family == 6 else aims
+    filters = {flow_filter(claim) for claim in clfilters if claim.verdicts.family == family}
+    return {a._replace(address=b"") for a in filters} if family == 6 else filters
 
 
 # --- requests -----------------------------------------------------------------------------------
 
 
-def dump_request(family: int, aimed: Aim | None = None) -> bytes:
-    """A dump of UDP entries, or of those whose original destination is `aimed`, but for an IPv6
+def dump_request(family: int, only: FlowFilter | None = None) -> bytes:
+    """A dump of UDP entries, or of those whose original destination is `only`, but for an IPv6
     address."""
     address = None
-    if aimed and aimed.address and family == 4:
-        address = socket.inet_ntop(FAMILY_NUMBER[family], aimed.address)
+    if only and only.address and family == 4:
+        address = socket.inet_ntop(NFPROTO[family], only.address)
     original = NFCTAttrTuple(
-        family=FAMILY_NUMBER[family],
+        family=NFPROTO[family],
         daddr=address,
         proto=UDP,
-        dport=aimed.port if aimed else None,
+        dport=only.port if only else None,
     )
     original.attrs()  # finds out the flags
     wanted = {"attrs": [["CTA_FILTER_ORIG_FLAGS", original.flags]]}
-    return _request(family, nfct_msg.create_from(tuple_orig=original, cta_filter=wanted))
+    return _content(family, nfct_msg.create_from(tuple_orig=original, cta_filter=wanted))
 
 
-def _request(family: int, message: nfct_msg) -> bytes:
-    message["nfgen_family"] = FAMILY_NUMBER[family]
-    message["header"]["type"] = _GET
-    message["header"]["flags"] = NLM_F_REQUEST | NLM_F_DUMP
-    message.encode()
-    return bytes(message.data)
-
-
-def _numbered(request: bytes, sequence: int) -> bytes:
-    length, kind, flags, _, port = HEADER.unpack_from(request)
-    return HEADER.pack(length, kind, flags, sequence, port) + request[HEADER.size :]
+def _content(family: int, request: nfct_msg) -> bytes:
+    """The request without its message header."""
+    request["nfgen_family"] = NFPROTO[family]
+    request.encode()
+    return bytes(request.data)[NLMSG_HEADER.size :]
 
 
 def delete_request(flow: Flow, sequence: int, flags: int = 0) -> bytes:
     """The deletion of one entry: the kernel's own attributes are sent back to it."""
-    fields = dict(attributes(flow.entry))
-    if _TUPLE_REPLY not in fields:
+    known = fields(flow.entry)
+    if CTA_TUPLE_REPLY not in known:
         raise ValueError(f"{flow} was not read from conntrack")  # the kernel would delete them all
-    body = nest(_TUPLE_REPLY, fields[_TUPLE_REPLY])
-    body += b"".join(attribute(kind, fields[kind]) for kind in (_ID, _ZONE) if kind in fields)
-    family = FAMILY_NUMBER[4 if len(flow.destination) == 8 else 6]
-    length = _START + len(body)
-    head = HEADER.pack(length, _DELETE, NLM_F_REQUEST | flags, sequence, 0)
-    return head + struct.pack("=BBH", family, 0, 0) + body
+    body = NFGENMSG.pack(NFPROTO[4 if len(flow.destination) == 8 else 6], 0, 0)
+    body += nest(CTA_TUPLE_REPLY, known[CTA_TUPLE_REPLY])
+    body += b"".join(attribute(kind, known[kind]) for kind in (CTA_ID, CTA_ZONE) if kind in known)
+    return message(_DELETE, NLM_F_REQUEST | flags, sequence, body)
 
 
 # --- answers ------------------------------------------------------------------------------------
 
 
-class _Shape:
+class _Layout:
     """Where the fields of a UDP entry are, if it looks as usual: two tuples and then the status.
 
     A tuple begins with nest, nest and the source address' header, 12 bytes that fix its lengths;
@@ -346,16 +300,17 @@ class _Shape:
     """
 
     def __init__(self, length: int) -> None:
-        source = 1 if length == 4 else 3  # CTA_IP_V4_SRC, CTA_IP_V6_SRC
+        source = CTA_IP_V4_SRC if length == 4 else CTA_IP_V6_SRC
         addresses = 2 * (4 + length)
-        ports = struct.pack("=HHHHB3x", 28, _TUPLE_PROTO | 0x8000, 5, _PROTO_NUMBER, UDP)
+        ports = struct.pack("=HHHHB3x", 28, CTA_TUPLE_PROTO | NLA_F_NESTED, 5, CTA_PROTO_NUM, UDP)
         size = 8 + addresses + 28
+        first = CTA_TUPLE_IP | NLA_F_NESTED
         self._heads = tuple(
-            struct.pack("=HHHHHH", size, kind, 4 + addresses, 0x8001, 4 + length, source)
-            for kind in (_TUPLE_ORIG | 0x8000, _TUPLE_REPLY | 0x8000)
+            struct.pack("=HHHHHH", size, kind, 4 + addresses, first, 4 + length, source)
+            for kind in (CTA_TUPLE_ORIG | NLA_F_NESTED, CTA_TUPLE_REPLY | NLA_F_NESTED)
         )
         self._ports = ports
-        self._status = struct.pack("=HH", 8, _STATUS)
+        self._status = struct.pack("=HH", 8, CTA_STATUS)
         one = f"12s {length}s 4x {length}s 12s 4x 4s 4x 4s "
         self._struct = struct.Struct("=" + one + one + "4s")
         self._size = self._struct.size
@@ -378,58 +333,57 @@ class _Shape:
         return Flow(source + sport, asked + dport, answering + port, 0, data[start:end])
 
 
-_SHAPES = {FAMILY_NUMBER[4]: _Shape(4), FAMILY_NUMBER[6]: _Shape(16)}
+_LAYOUTS = {NFPROTO[4]: _Layout(4), NFPROTO[6]: _Layout(16)}
 
 
 def decode(data: bytes, start: int, end: int) -> Flow | None:
-    """The flow that an entry, the content of a message, is about; None if it is not UDP."""
-    shape = _SHAPES.get(data[start])
-    flow = shape.read(data, start + _NFGEN, end) if shape else None
-    return flow or parse(data[start + _NFGEN : end])
+    """The flow that an entry, the content of a message, is about; None if it is not UDP.
+
+    Raises Malformed.
+    """
+    if end - start < NFGENMSG.size:
+        raise Malformed("no room for a header")
+    layout = _LAYOUTS.get(data[start])
+    flow = layout.read(data, start + NFGENMSG.size, end) if layout else None
+    return flow or parse(data[start + NFGENMSG.size : end])
 
 
 def parse(entry: bytes) -> Flow | None:
-    """A flow from an entry's attributes, in whatever order; None if it is not UDP."""
-    fields = dict(attributes(entry))
-    original, reply = (_tuple(fields.get(kind, b"")) for kind in (_TUPLE_ORIG, _TUPLE_REPLY))
+    """A flow from an entry's attributes, in whatever order; None if it is not UDP.
+
+    Raises Malformed.
+    """
+    found = fields(entry)
+    original, reply = (_tuple(found.get(kind, b"")) for kind in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY))
     if original is None or reply is None:
         return None
-    zone = int.from_bytes(fields.get(_ZONE, b""), "big")
+    zone = integer(found.get(CTA_ZONE, b""))
     return Flow(original[0], original[1], reply[0], zone, entry)
 
 
 def _tuple(data: bytes) -> tuple[bytes, bytes] | None:
     """Source and destination of a UDP tuple."""
-    nests = dict(attributes(data))
-    addresses = dict(attributes(nests.get(_TUPLE_IP, b"")))
-    ports = dict(attributes(nests.get(_TUPLE_PROTO, b"")))
-    if ports.get(_PROTO_NUMBER) != bytes([UDP]):
+    nests = fields(data)
+    addresses = fields(nests.get(CTA_TUPLE_IP, b""))
+    ports = fields(nests.get(CTA_TUPLE_PROTO, b""))
+    if ports.get(CTA_PROTO_NUM) != bytes([UDP]):
         return None
-    for source, destination in ((1, 2), (3, 4)):  # CTA_IP_V4_*, CTA_IP_V6_*
+    for source, destination, length in (
+        (CTA_IP_V4_SRC, CTA_IP_V4_DST, 4),
+        (CTA_IP_V6_SRC, CTA_IP_V6_DST, 16),
+    ):
         if source in addresses and destination in addresses:
+            if len(addresses[source]) != length or len(addresses[destination]) != length:
+                raise Malformed("an address of another length than its family's")
             return (
-                target_of(addresses[source], _port(ports.get(_PROTO_SOURCE))),
-                target_of(addresses[destination], _port(ports.get(_PROTO_DESTINATION))),
+                target_of(addresses[source], _port(ports, CTA_PROTO_SRC_PORT)),
+                target_of(addresses[destination], _port(ports, CTA_PROTO_DST_PORT)),
             )
     return None
 
 
-def _port(content: bytes | None) -> int:
-    """A port attribute's number; 0 without the attribute."""
-    return int.from_bytes(content or b"", "big")
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Type and sequence number of each message, and where its content begins and ends."""
-    position = 0
-    while position + HEADER.size <= len(data):
-        length, kind, _, sequence, _ = HEADER.unpack_from(data, position)
-        if length < HEADER.size:
-            return
-        yield kind, sequence, position + HEADER.size, position + length
-        position += (length + 3) & ~3
-
-
-def _code(data: bytes, start: int) -> int:
-    """errno of an error message or of a dump's end, 0 if it went well."""
-    return -int(struct.unpack_from("=i", data, start)[0])
+def _port(ports: Fields, kind: int) -> int:
+    port = ports.get(kind, b"\0\0")
+    if len(port) != 2:
+        raise Malformed(f"a port of {len(port)} bytes")
+    return integer(port)

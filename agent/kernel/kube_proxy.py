@@ -45,9 +45,29 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from agent.kernel.tables import Kernel, Stale
-from rules import netlink
-from rules.netlink import Batch, attribute, attributes, string
+from agent.kernel.errors import Stale
+from agent.kernel.tables import Kernel
+from rules.netlink.attributes import attribute, attributes, fields, string, text
+from rules.netlink.batch import Batch
+from rules.netlink.nftables import (
+    NFT_MSG_DELRULE,
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_GETRULE,
+    NFT_MSG_GETTABLE,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_TABLE,
+    NFTA_DATA_VERDICT,
+    NFTA_EXPR_DATA,
+    NFTA_EXPR_NAME,
+    NFTA_IMMEDIATE_DATA,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_EXPRESSIONS,
+    NFTA_RULE_HANDLE,
+    NFTA_RULE_TABLE,
+    NFTA_TABLE_NAME,
+    NFTA_VERDICT_CHAIN,
+)
 from rules.tables import FAMILIES
 
 TABLE = "kube-proxy"
@@ -159,19 +179,19 @@ def look(kernel: Kernel) -> Leftovers:
 
 def _has_table(kernel: Kernel, family: int) -> bool:
     return any(
-        netlink.text(dict(attributes(body))[1]) == TABLE
-        for body in kernel.dump(netlink.GETTABLE, family)
+        text(fields(body)[NFTA_TABLE_NAME]) == TABLE
+        for body in kernel.dump(NFT_MSG_GETTABLE, family)
     )
 
 
 def _chain_names(kernel: Kernel, family: int) -> dict[str, dict[str, bool]]:
     """The chains of iptables' tables, and whether each is a base chain."""
     names: dict[str, dict[str, bool]] = {table: {} for table in IPTABLES}
-    for body in kernel.dump(netlink.GETCHAIN, family):
-        fields = dict(attributes(body))
-        table = netlink.text(fields[1])
+    for body in kernel.dump(NFT_MSG_GETCHAIN, family):
+        chain = fields(body)
+        table = text(chain[NFTA_CHAIN_TABLE])
         if table in names:
-            names[table][netlink.text(fields[3])] = 4 in fields
+            names[table][text(chain[NFTA_CHAIN_NAME])] = NFTA_CHAIN_HOOK in chain
     return names
 
 
@@ -236,8 +256,9 @@ def _plan_chains(kernel: Kernel, place: Place, batch: Batch, removal: Removal) -
     goes = {name for name in chains if is_kube_proxys(name)} - kept
     for rule in rules:
         if chains[rule.chain] and rule.targets & goes:
-            body = string(1, table) + string(2, rule.chain) + attribute(3, rule.handle)
-            batch.add(netlink.DELRULE, family, body, 0, f"a rule of chain {rule.chain}")
+            body = string(NFTA_RULE_TABLE, table) + string(NFTA_RULE_CHAIN, rule.chain)
+            body += attribute(NFTA_RULE_HANDLE, rule.handle)
+            batch.add(NFT_MSG_DELRULE, family, body, 0, f"a rule of chain {rule.chain}")
     for name in sorted(goes):
         batch.delete_rules(family, table, name)
     for name in sorted(goes):
@@ -266,23 +287,23 @@ def _reachable(start: Iterable[str], rules: list[_Rule]) -> set[str]:
 
 def _rules(kernel: Kernel, place: Place) -> Iterator[_Rule]:
     family, table = place
-    for body in kernel.dump(netlink.GETRULE, family, string(1, table)):
-        fields = dict(attributes(body))
-        targets = frozenset(_targets(fields.get(4, b"")))
-        yield _Rule(netlink.text(fields[2]), fields[3], targets)
+    for body in kernel.dump(NFT_MSG_GETRULE, family, string(NFTA_RULE_TABLE, table)):
+        rule = fields(body)
+        targets = frozenset(_targets(rule.get(NFTA_RULE_EXPRESSIONS, b"")))
+        yield _Rule(text(rule[NFTA_RULE_CHAIN]), rule[NFTA_RULE_HANDLE], targets)
 
 
 def _targets(expressions: bytes) -> Iterator[str]:
-    """The chains in a rule's verdicts: iptables-nft writes a jump as `immediate` (NFTA_RULE_*)."""
+    """The chains in a rule's verdicts: iptables-nft writes a jump as `immediate`."""
     for _, element in attributes(expressions):
-        expression = dict(attributes(element))
-        if netlink.text(expression[1]) != "immediate" or 2 not in expression:
+        expression = fields(element)
+        if text(expression[NFTA_EXPR_NAME]) != "immediate" or NFTA_EXPR_DATA not in expression:
             continue
-        data = dict(attributes(dict(attributes(expression[2]))[2]))
-        if 2 in data:  # NFTA_DATA_VERDICT
-            verdict = dict(attributes(data[2]))
-            if 2 in verdict:  # NFTA_VERDICT_CHAIN
-                yield netlink.text(verdict[2])
+        data = fields(fields(expression[NFTA_EXPR_DATA])[NFTA_IMMEDIATE_DATA])
+        if NFTA_DATA_VERDICT in data:
+            verdict = fields(data[NFTA_DATA_VERDICT])
+            if NFTA_VERDICT_CHAIN in verdict:
+                yield text(verdict[NFTA_VERDICT_CHAIN])
 
 
 # --- x_tables, only to be looked at -------------------------------------------------------------

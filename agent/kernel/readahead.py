@@ -25,94 +25,101 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import socket
 import threading
 import time
 from typing import NamedTuple
 
 import structlog
 
-from agent.kernel.tables import Found, Kernel, KernelError, Stale, Watcher
+from agent.kernel.errors import KernelError
+from agent.kernel.socket import NetlinkSocket
+from agent.kernel.tables import Kernel, KernelTable
+from agent.kernel.watcher import Watcher
+from agent.worker import Worker
 from rules.diff import Elements
 from rules.tables import FAMILIES
 
 Log = structlog.typing.FilteringBoundLogger
 
 
-class Read(NamedTuple):
+class ReadBack(NamedTuple):
     """One table as it was read back: without its elements, and these."""
 
-    found: Found
+    table: KernelTable
     elements: Elements
 
 
-def read_now(kernel: Kernel, family: int) -> Read | None:
-    """Reads the table of a family; None if there is none."""
+def read_now(kernel: Kernel, family: int) -> ReadBack | None:
+    """Reads the table of a family; None if it does not exist."""
     found = kernel.find(family)
-    return Read(found, kernel.read(found)) if found else None
+    return ReadBack(found, kernel.read(found)) if found else None
 
 
-class ReadAhead(threading.Thread):
-    """Reads in a thread what there is, for `take` to hand out if nothing changed since.
+class ReadAhead(Worker):
+    """Reads both tables in a thread, for `take` to hand out if they have not changed since.
 
     `port` is the netlink port of the agent's own connection, whose changes do not count.
     """
 
     def __init__(self, port: int, log: Log) -> None:
-        super().__init__(name="reading ahead", daemon=True)
+        super().__init__("reading ahead", lambda _, error: self._give_up(error))
         self._log = log
         self._stale = threading.Event()
-        self._tables: dict[int, Read] = {}
+        self._tables: dict[int, ReadBack] = {}
         self._seconds = 0.0
         self._ended = False
-        self._watcher = Watcher(port, self._changed)
+        self._watcher = Watcher(port, self._changed, lambda _, error: self._give_up(error))
 
     def start(self) -> None:
         """Begins to watch, then to read."""
         self._watcher.start()
         super().start()
 
-    def run(self) -> None:
+    def work(self) -> None:
         """Reads both tables, or as much as it may."""
         started = time.perf_counter()
         try:
-            with _Reader(self._stale) as kernel:
+            with Kernel(own=False, socket=lambda: BatchedSocket(self._stale)) as kernel:
                 for family in FAMILIES:
-                    if there := read_now(kernel, family):
-                        self._tables[family] = there
-        except Exception as error:  # the loop reads again, and reports what is still wrong then
-            if not self._stale.is_set():
-                self._log.debug("could not read ahead", error=repr(error))
-            self._changed()
-        self._seconds = time.perf_counter() - started
+                    if table := read_now(kernel, family):
+                        self._tables[family] = table
+        finally:
+            self._seconds = time.perf_counter() - started
+
+    def _give_up(self, error: Exception) -> None:
+        """The loop reads again, and reports what is still wrong then."""
+        if not self._stale.is_set():
+            self._log.debug("read_ahead_failed", error=repr(error))
+        self._changed()
 
     def _changed(self) -> None:
         self._stale.set()
         self._tables = {}
 
-    def take(self, family: int) -> Read | None:
+    def take(self, family: int) -> ReadBack | None:
         """What was read of a family, if that is still true, once. Where tables can be owned, they
         have to be ours by now.
 
-        It waits for the thread: what is under way is there sooner than what is begun anew.
+        It waits for the thread: what it has begun to read is complete sooner than a new read.
         """
         self._end()
         return self._tables.pop(family, None)
 
-    def stop(self) -> None:
+    def stop(self, seconds: float | None = None) -> bool:
         """Ends it, instead of `take`."""
         self._stale.set()
         self._end()
+        return super().stop(seconds)
 
     def _end(self) -> None:
         if self._ended:
             return
         self._ended = True
-        self.join()
+        super().stop()
         self._watcher.stop()
         if self._stale.is_set():
             self._tables = {}
-        self._log.debug("read ahead", used=bool(self._tables), ms=round(self._seconds * 1e3, 2))
+        self._log.debug("read_ahead", used=bool(self._tables), ms=round(self._seconds * 1e3, 2))
 
 
 def read_ahead(kernel: Kernel, log: Log) -> ReadAhead | None:
@@ -122,7 +129,7 @@ def read_ahead(kernel: Kernel, log: Log) -> ReadAhead | None:
             return None
         ahead = ReadAhead(kernel.port, log)
     except (KernelError, OSError) as error:  # the loop will meet it, too
-        log.debug("could not read ahead", error=str(error))
+        log.debug("read_ahead_failed", error=str(error))
         return None
     ahead.start()
     return ahead
@@ -131,7 +138,7 @@ def read_ahead(kernel: Kernel, log: Log) -> ReadAhead | None:
 # --- a socket that needs the interpreter rarely -------------------------------------------------
 
 _MESSAGES, _SIZE = 64, 1 << 15  # a message of a dump has up to 32 KiB, whatever the buffer
-_MSG_WAITFORONE = 0x10000
+_MSG_WAITFORONE, _MSG_TRUNC = 0x10000, 0x20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -161,8 +168,8 @@ class _Message(ctypes.Structure):
     _fields_ = (("header", _Header), ("length", ctypes.c_uint))
 
 
-class _Reader(Kernel):
-    """A connection of its own, which only reads, until `stale`, and many messages at a time.
+class BatchedSocket(NetlinkSocket):
+    """A netlink socket for dumps, which reads many datagrams at a time, until `stale`.
 
     A thread that calls recv() for each message has to get the interpreter back from a busy main
     thread each time, for which it waits 5 ms (sys.getswitchinterval): more than the kernel takes.
@@ -170,7 +177,7 @@ class _Reader(Kernel):
     """
 
     def __init__(self, stale: threading.Event) -> None:
-        super().__init__(own=False)
+        super().__init__()
         self._stale = stale
         self._memory = (ctypes.c_char * _SIZE * _MESSAGES)()
         self._messages = (_Message * _MESSAGES)()
@@ -179,16 +186,15 @@ class _Reader(Kernel):
             message.header.buffers = ctypes.pointer(buffer)
             message.header.buffer_count = 1
 
-    def _receive(self) -> list[bytes]:
+    def receive_some(self) -> list[bytes]:
+        """Up to 64 datagrams; waits for the first."""
         if self._stale.is_set():
-            raise Stale(errno.EINTR, "reading the tables", "cut short")
-        count = _libc.recvmmsg(
-            self._socket.fileno(), self._messages, _MESSAGES, _MSG_WAITFORONE, None
-        )
+            raise OSError(errno.EINTR, "cut short")
+        count = _libc.recvmmsg(self.fileno(), self._messages, _MESSAGES, _MSG_WAITFORONE, None)
         if count < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
-        if any(m.header.flags & socket.MSG_TRUNC for m in self._messages[:count]):
+        if any(m.header.flags & _MSG_TRUNC for m in self._messages[:count]):
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         return [
             ctypes.string_at(memory, message.length)

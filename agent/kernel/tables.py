@@ -1,121 +1,70 @@
-"""The netlink socket to nf_tables: applies transactions, reads tables back, owns them.
+"""nf_tables: applies transactions, reads tables back, owns them.
 
 Ownership. From Linux 6.9 on a table may belong to a netlink socket and outlive it (flags `owner`
-and `persist`): nobody else can change or flush it, `nft flush ruleset` passes it by, and when the
-owner dies the table stays: an orphan that anybody may change, until the next owner takes it over
-by asking for the same flags. Elsewhere tables are made without flags, and a `Watcher` tells when
-somebody else changed them.
-
-The kernel works synchronously: when a batch has been sent, the answer is there to be read.
+and `persist`): no other process can change or flush it, `nft flush ruleset` leaves it untouched,
+and when the owner exits the table stays: an orphan that anyone may change, until the next owner
+takes it over by asking for the same flags. On older kernels tables are made without flags, and a
+`Watcher` reports when another process changed them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import itertools
-import os
-import select
-import socket
-import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple
 
-from rules import netlink
+from agent.kernel.errors import Full, KernelError, NotPermitted, OwnedByOther, Refused, Stale
+from agent.kernel.socket import Failure, Interrupted, NetlinkSocket
 from rules.diff import Elements
 from rules.language import Chain, Set, Table
-from rules.netlink import (
-    FAMILY_OF_NUMBER,
-    NLM_F_DUMP,
-    NLMSG_DONE,
-    NLMSG_ERROR,
-    TABLE_OWNER,
-    TABLE_PERSIST,
-    Batch,
-    attributes,
-    string,
+from rules.netlink.attributes import attributes, fields, includes, integer, string, text
+from rules.netlink.batch import Batch, chain_body, content, nft_type
+from rules.netlink.elements import decode_elements, join_ranges
+from rules.netlink.expressions import rule_body
+from rules.netlink.messages import NLM_F_DUMP
+from rules.netlink.nftables import (
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_GETGEN,
+    NFT_MSG_GETRULE,
+    NFT_MSG_GETSET,
+    NFT_MSG_GETSETELEM,
+    NFT_MSG_GETTABLE,
+    NFT_TABLE_F_OWNER,
+    NFT_TABLE_F_PERSIST,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_TABLE,
+    NFTA_GEN_ID,
+    NFTA_LIST_ELEM,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_TABLE,
+    NFTA_SET_COUNT,
+    NFTA_SET_ELEM_LIST_ELEMENTS,
+    NFTA_SET_ELEM_LIST_SET,
+    NFTA_SET_ELEM_LIST_TABLE,
+    NFTA_SET_NAME,
+    NFTA_SET_TABLE,
+    NFTA_TABLE_FLAGS,
+    NFTA_TABLE_NAME,
+    NFTA_TABLE_OWNER,
 )
+from rules.netlink.sets import set_body
 from rules.tables import FAMILIES, SETS, TABLE
 from rules.text import Element, Key, Value
 from rules.transaction import Known, Transaction, encode
 
-_SOL_NETLINK = 270
-_NETLINK_NETFILTER = 12
-_NETLINK_ADD_MEMBERSHIP, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 1, 10, 11
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SO_ATTACH_FILTER = 32, 33, 26
-_NFNLGRP_NFTABLES = 7
-_NLM_F_DUMP_INTR = 0x10
-_NLM_F_ACK_TLVS = 0x200
-_RECEIVE = 1 << 20
-_SET_COUNT = 20  # NFTA_SET_COUNT
+OWNED = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST
+
 _DUMP_TRIES, _DUMP_PAUSE = 5, 0.05
 _SEND_BUFFER = 8 << 20
-
-OWNED = TABLE_OWNER | TABLE_PERSIST
-
-
-class KernelError(Exception):
-    """The kernel refused something. `errno` is its reason, `subject` what it was about."""
-
-    def __init__(self, code: int, subject: str, detail: str = "") -> None:
-        words = f"{subject}: {detail or os.strerror(code)} ({errno.errorcode.get(code, code)})"
-        super().__init__(f"{words}. {self.advice(code)}".rstrip())
-        self.errno = code
-        self.subject = subject
-
-    @staticmethod
-    def advice(_code: int) -> str:
-        """What the operator can do, in a sentence."""
-        return ""
-
-
-class NotPermitted(KernelError):
-    """The process has no CAP_NET_ADMIN in this network namespace."""
-
-    @staticmethod
-    def advice(_code: int) -> str:
-        """What the operator can do."""
-        return "Run it as root or with CAP_NET_ADMIN."
-
-
-class OwnedByOther(KernelError):
-    """The tables belong to another process that is alive."""
-
-    @staticmethod
-    def advice(_code: int) -> str:
-        """What the operator can do."""
-        return "Another sliceproxy is running on this node; stop it first."
-
-
-class Stale(KernelError):
-    """The tables are not as we believed; read them back and compare."""
-
-
-class Full(Stale):
-    """A set has as many elements as it was made for (`Set.room`); the table must be made anew."""
-
-
-class Refused(KernelError):
-    """The kernel cannot do this, or not now (no memory, a missing module)."""
-
-    @staticmethod
-    def advice(code: int) -> str:
-        """What the operator can do."""
-        if code in (errno.EOPNOTSUPP, errno.ENOENT, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT):
-            return (
-                "The kernel needs nf_tables with nat, fib, masq and reject (Linux 5.13 or later)."
-            )
-        return ""
-
-
 _STALE = {errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART, errno.ENOTEMPTY}
 
 
-class Found(NamedTuple):
-    """One table as the kernel has it: raw bodies of sets and chains, expressions of rules.
+class KernelTable(NamedTuple):
+    """One table as the kernel has it, without elements: message bodies of its sets, chains and
+    rules, by name or chain.
 
     `owner` is the netlink port of the owning socket, 0 for an orphan, None without ownership.
     """
@@ -128,14 +77,14 @@ class Found(NamedTuple):
     rules: dict[str, list[bytes]]
 
     def known(self, want: Table) -> Known:
-        """What of it is just as in `want`."""
+        """Which of its sets and chains equal those of `want`."""
         described = {s.name: s for s in want.sets}
         chains = {c.name: c for c in want.chains}
         return Known(
             {
                 name: described[name]
                 if name in described
-                and netlink.says(body, netlink.set_body(TABLE, described[name]))
+                and includes(body, set_body(TABLE, described[name]), NFTA_LIST_ELEM)
                 else None
                 for name, body in self.sets.items()
             },
@@ -147,13 +96,13 @@ class Found(NamedTuple):
 
     def _is(self, chain: Chain) -> bool:
         body, rules = self.chains[chain.name], self.rules.get(chain.name, [])
-        has_hook = any(kind == 4 for kind, _ in attributes(body))
+        has_hook = NFTA_CHAIN_HOOK in fields(body)
         return (
             has_hook == (chain.base is not None)
-            and netlink.says(body, netlink.chain_body(TABLE, chain))
+            and includes(body, chain_body(TABLE, chain), NFTA_LIST_ELEM)
             and len(rules) == len(chain.rules)
             and all(
-                netlink.says(theirs, netlink.rule_body(TABLE, chain.name, ours, self.family))
+                includes(theirs, rule_body(TABLE, chain.name, ours, self.family), NFTA_LIST_ELEM)
                 for theirs, ours in zip(rules, chain.rules, strict=True)
             )
         )
@@ -163,14 +112,14 @@ class Kernel:
     """A connection to nf_tables in this network namespace. Use it as a context manager.
 
     With `own`, tables are made to belong to this connection where the kernel can do that. Raises
-    NotPermitted without CAP_NET_ADMIN.
+    NotPermitted without CAP_NET_ADMIN. All errors are KernelErrors.
     """
 
-    def __init__(self, *, own: bool = True) -> None:
-        self._socket = _netlink_socket()
-        self._sequence = 0
-        self._send_buffer = 0
-        self._own = own
+    def __init__(self, *, own: bool = True, socket: Callable[[], NetlinkSocket] = NetlinkSocket):
+        try:
+            self._socket = socket()
+        except OSError as error:
+            raise Refused(error.errno or errno.EIO, "a netlink socket to netfilter") from None
         self.table_flags = self._supported_flags() if own else 0
 
     def __enter__(self) -> Kernel:
@@ -191,17 +140,17 @@ class Kernel:
     @property
     def port(self) -> int:
         """The netlink port by which the kernel knows this connection."""
-        return int(self._socket.getsockname()[0])
+        return self._socket.port
 
     def _supported_flags(self) -> int:
         """`owner,persist` if a table with them can be made. The trial is taken back in the same
-        transaction, so nobody sees it."""
+        transaction, so it is never visible."""
         batch = Batch()
         batch.new_table(4, f"{TABLE}-trial", OWNED)
         batch.delete_table(4, f"{TABLE}-trial")
         try:
             self.send(batch)
-        except OwnedByOther as error:  # nobody owns what is made only now: it is the namespace
+        except OwnedByOther as error:  # a new table has no owner: the namespace is not ours
             raise NotPermitted(error.errno, "nf_tables") from None
         except (Refused, Stale):
             return 0
@@ -217,91 +166,73 @@ class Kernel:
         return self.send(encode(transaction, self.table_flags))
 
     def send(self, batch: Batch, generation: int | None = None) -> int:
-        """Sends a batch and waits for the kernel's word on it."""
-        data = batch.encode(generation)
-        self._fit_send_buffer(len(data))
-        self._socket.send(data)
-        self._check(batch)
+        """Sends a batch; returns how many bytes. With a `generation` it is Stale if the ruleset
+        has another one by now."""
+        first = self._socket.number(batch.sequences)
+        data = batch.encode(first, generation)
+        try:
+            failures = self._socket.transact(data, first, batch.sequences)
+        except OSError as error:
+            # it is unknown whether the kernel applied it
+            raise Stale(error.errno or errno.EIO, "sending a transaction", str(error)) from None
+        if failures:
+            raise _refusal(failures[0], batch.subject(failures[0].position))
         return len(data)
-
-    def _fit_send_buffer(self, size: int) -> None:
-        if size > self._send_buffer:
-            self._send_buffer = max(_SEND_BUFFER, size + (1 << 16))
-            _force(self._socket, _SO_SNDBUFFORCE, socket.SO_SNDBUF, self._send_buffer)
-
-    def _check(self, batch: Batch) -> None:
-        """Reads the answers. Either the end of the batch is acknowledged, or messages failed."""
-        failures: list[KernelError] = []
-        while True:
-            try:
-                data = self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT if failures else 0)
-            except BlockingIOError:
-                raise failures[0] from None
-            except OSError as error:
-                raise Stale(error.errno or errno.EIO, "the answer to a transaction") from None
-            for kind, sequence, flags, body in _messages(data):
-                if kind != NLMSG_ERROR:
-                    continue
-                code, detail = _error(body, flags)
-                if not code and sequence == batch.end_sequence and not failures:
-                    return
-                if code:
-                    failures.append(_failure(code, batch.subject(sequence), detail))
 
     # reading
 
     def generation(self) -> int:
         """The number of the ruleset's generation in this namespace."""
-        for _, body in self._request(netlink.GETGEN, 0, b"", 0):
-            return int.from_bytes(dict(attributes(body)).get(1, b""), "big")
+        for body in self._ask(NFT_MSG_GETGEN, 0, b"", 0):
+            return integer(fields(body).get(NFTA_GEN_ID, b""))
         return 0
 
-    def find(self, family: int) -> Found | None:
-        """The table of a family, without its elements; None if there is none."""
+    def find(self, family: int) -> KernelTable | None:
+        """The table of a family, without its elements; None if it does not exist."""
         info = self.info(family)
         if info is None:
             return None
         flags, owner = info
-        table = string(1, TABLE)
         sets = {
-            netlink.text(dict(attributes(body))[2]): body
-            for body in self.dump(netlink.GETSET, family, table)
+            text(fields(body)[NFTA_SET_NAME]): body
+            for body in self.dump(NFT_MSG_GETSET, family, string(NFTA_SET_TABLE, TABLE))
         }
         chains: dict[str, bytes] = {}
-        for body in self.dump(netlink.GETCHAIN, family):
-            fields = dict(attributes(body))
-            if netlink.text(fields[1]) == TABLE:
-                chains[netlink.text(fields[3])] = body
+        for body in self.dump(NFT_MSG_GETCHAIN, family):
+            chain = fields(body)
+            if text(chain[NFTA_CHAIN_TABLE]) == TABLE:
+                chains[text(chain[NFTA_CHAIN_NAME])] = body
         rules: dict[str, list[bytes]] = {}
-        for body in self.dump(netlink.GETRULE, family, table):
-            rules.setdefault(netlink.text(dict(attributes(body))[2]), []).append(body)
-        return Found(family, flags, owner, sets, chains, rules)
+        for body in self.dump(NFT_MSG_GETRULE, family, string(NFTA_RULE_TABLE, TABLE)):
+            rules.setdefault(text(fields(body)[NFTA_RULE_CHAIN]), []).append(body)
+        return KernelTable(family, flags, owner, sets, chains, rules)
 
     def info(self, family: int) -> tuple[int, int | None] | None:
-        """Flags and owner of the table, None if there is none."""
-        for body in self.dump(netlink.GETTABLE, family):
-            fields = dict(attributes(body))
-            if netlink.text(fields[1]) == TABLE:
-                flags = int.from_bytes(fields.get(2, b""), "big")
+        """Flags and owner of the table, None if it does not exist."""
+        for body in self.dump(NFT_MSG_GETTABLE, family):
+            table = fields(body)
+            if text(table[NFTA_TABLE_NAME]) == TABLE:
+                flags = integer(table.get(NFTA_TABLE_FLAGS, b""))
                 if not flags & OWNED:
                     return flags, None
-                # an owner that dies takes its flag along: what persists without one is an orphan
-                return flags, int.from_bytes(fields.get(7, b""), "big")
+                # the owner flag ends with the owner: a table that persists without one is an orphan
+                return flags, integer(table.get(NFTA_TABLE_OWNER, b""))
         return None
 
     def elements(self, owner: Set) -> dict[Key, Value]:
         """All elements of a set of our tables."""
-        request = string(1, TABLE) + string(2, owner.name)
+        request = string(NFTA_SET_ELEM_LIST_TABLE, TABLE)
+        request += string(NFTA_SET_ELEM_LIST_SET, owner.name)
         found: list[Element] = []
-        for body in self.dump(netlink.GETSETELEM, owner.family, request):
+        for body in self.dump(NFT_MSG_GETSETELEM, owner.family, request):
             for kind, payload in attributes(body):
-                if kind == 3:
-                    found.extend(netlink.decode_elements(owner, payload))
+                if kind == NFTA_SET_ELEM_LIST_ELEMENTS:
+                    found.extend(decode_elements(owner, payload))
         if owner.interval and len(owner.key) == 1:
-            return netlink.join_ranges(found)
+            return join_ranges(found)
         return dict(found)
 
-    def read(self, found: Found) -> Elements:
+    def read(self, found: KernelTable) -> Elements:
         """The elements of all known sets of a table that was found, but for dynamic ones."""
         sets = SETS[found.family]
         return {
@@ -317,7 +248,7 @@ class Kernel:
         grows for a moment after a load.
         """
         elements = self.elements(owner)
-        count = int.from_bytes(dict(attributes(body)).get(_SET_COUNT, b""), "big")
+        count = integer(fields(body).get(NFTA_SET_COUNT, b""))
         for _ in range(_DUMP_TRIES):
             if owner.interval or len(elements) >= count:
                 break
@@ -326,47 +257,30 @@ class Kernel:
         return elements
 
     def dump(self, kind: int, family: int, body: bytes = b"") -> list[bytes]:
-        """The bodies of all answers to a dump (`kind` is netlink.GET*), of any tables.
+        """The bodies of all answers to a dump (`kind` is NFT_MSG_GET*), of any tables.
 
         It is asked again if the ruleset changed while it ran.
         """
         while True:
-            answers = []
-            interrupted = False
-            for flags, answer in self._request(kind, family, body, NLM_F_DUMP):
-                interrupted = interrupted or bool(flags & _NLM_F_DUMP_INTR)
-                answers.append(answer)
-            if not interrupted:
-                return answers
+            try:
+                return list(self._ask(kind, family, body, NLM_F_DUMP))
+            except Interrupted:
+                continue
 
-    def _request(
-        self, kind: int, family: int, body: bytes, flags: int
-    ) -> Iterator[tuple[int, bytes]]:
-        self._sequence += 1
-        self._socket.send(netlink.message(kind, family, body, flags, self._sequence))
-        done = False
-        while not done:
-            received = itertools.chain.from_iterable(map(_messages, self._receive()))
-            for answer, sequence, answer_flags, content in received:
-                if sequence != self._sequence:
-                    continue
-                if answer == NLMSG_ERROR:
-                    code, detail = _error(content, answer_flags)
-                    raise _failure(code, "reading the tables", detail)
-                if answer == NLMSG_DONE:
-                    done = True
-                    break
-                yield answer_flags, content[4:]
-                done = not flags & NLM_F_DUMP
-
-    def _receive(self) -> list[bytes]:
-        """Waits for answers to a request: what is there, one datagram or several."""
-        return [self._socket.recv(_RECEIVE)]
+    def _ask(self, kind: int, family: int, body: bytes, flags: int) -> Iterator[bytes]:
+        try:
+            for data, start, end in self._socket.ask(nft_type(kind), content(family, body), flags):
+                yield data[start + 4 : end]
+        except Interrupted:
+            raise
+        except OSError as error:
+            failure = Failure(0, error.errno or errno.EIO, error.strerror or str(error))
+            raise _refusal(failure, "reading the tables") from None
 
     # owning
 
     def take_over(self) -> None:
-        """Takes over tables that a dead agent left, and checks that nobody else has them.
+        """Takes over tables that an agent left when it exited. They must have no other owner.
 
         Raises OwnedByOther.
         """
@@ -381,7 +295,7 @@ class Kernel:
             self.send(batch)
 
     def remove(self) -> bool:
-        """Deletes the tables. Returns whether there were any. Raises OwnedByOther."""
+        """Deletes the tables. Returns whether any existed. Raises OwnedByOther."""
         self.take_over()
         families = [family for family in FAMILIES if self.info(family)]
         batch = Batch()
@@ -391,7 +305,7 @@ class Kernel:
             self.send(batch)
         return bool(families)
 
-    def fits(self, found: Found) -> bool:
+    def fits(self, found: KernelTable) -> bool:
         """Whether a table has the ownership that this connection gives its tables."""
         return bool(found.flags & OWNED) == bool(self.table_flags)
 
@@ -420,49 +334,8 @@ class Kernel:
                     self._delete_if_there(owner, [element])
 
 
-def _netlink_socket() -> socket.socket:
-    try:
-        connection = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
-        )
-    except OSError as error:
-        raise Refused(error.errno or errno.EIO, "a netlink socket to netfilter") from None
-    connection.bind((0, 0))
-    _force(connection, _SO_RCVBUFFORCE, socket.SO_RCVBUF, _RECEIVE * 4)
-    connection.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
-    connection.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
-    return connection
-
-
-def _force(connection: socket.socket, forced: int, polite: int, size: int) -> None:
-    """A buffer above the system's limit, which CAP_NET_ADMIN may ask for."""
-    try:
-        connection.setsockopt(socket.SOL_SOCKET, forced, size)
-    except PermissionError:
-        connection.setsockopt(socket.SOL_SOCKET, polite, size)
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Type, sequence number, flags and content of each message."""
-    position = 0
-    while position + 16 <= len(data):
-        length, kind, flags, sequence, _ = netlink.HEADER.unpack_from(data, position)
-        if length < 16:
-            return
-        yield kind, sequence, flags, data[position + 16 : position + length]
-        position += (length + 3) & ~3
-
-
-def _error(body: bytes, flags: int) -> tuple[int, str]:
-    """errno (0 for an acknowledgement) and the kernel's own words, if it has any."""
-    code = -struct.unpack_from("=i", body)[0]
-    detail = ""
-    if flags & _NLM_F_ACK_TLVS:
-        detail = netlink.text(dict(attributes(body[20:])).get(1, b""))
-    return code, detail
-
-
-def _failure(code: int, subject: str, detail: str) -> KernelError:
+def _refusal(failure: Failure, subject: str) -> KernelError:
+    code = failure.errno
     if code == errno.EPERM:
         kind: type[KernelError] = NotPermitted if not _may_administer() else OwnedByOther
     elif code == errno.ENFILE:
@@ -471,7 +344,7 @@ def _failure(code: int, subject: str, detail: str) -> KernelError:
         kind = Stale
     else:
         kind = Refused
-    return kind(code, subject, detail)
+    return kind(code, subject, failure.detail)
 
 
 def _may_administer() -> bool:
@@ -479,81 +352,3 @@ def _may_administer() -> bool:
     with open("/proc/self/status", encoding="ascii") as status:
         line = next(line for line in status if line.startswith("CapEff"))
     return bool(int(line.split()[1], 16) >> 12 & 1)
-
-
-class _Filter(ctypes.Structure):
-    _fields_ = (
-        ("code", ctypes.c_uint16),
-        ("jt", ctypes.c_uint8),
-        ("jf", ctypes.c_uint8),
-        ("k", ctypes.c_uint32),
-    )
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.POINTER(_Filter)))
-
-
-class Watcher(threading.Thread):
-    """Calls `disturbed` when somebody else changes our tables.
-
-    Our own transactions are filtered out in the kernel, by the netlink port in the header of their
-    notifications: a cold start would flood the socket otherwise. If the buffer overflows all the
-    same, that counts as a change.
-    """
-
-    def __init__(self, own_port: int, disturbed: Callable[[], None]) -> None:
-        super().__init__(name="nf_tables watcher", daemon=True)
-        self._disturbed = disturbed
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self._socket = _netlink_socket()
-        self._socket.setblocking(False)
-        self._ignore(own_port)
-        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
-
-    def _ignore(self, port: int) -> None:
-        """Drops messages whose header names this port (classic BPF: load word, compare, return)."""
-        swapped = socket.htonl(port)
-        code = (_Filter * 4)(
-            _Filter(0x20, 0, 0, 12),
-            _Filter(0x15, 0, 1, swapped),
-            _Filter(0x06, 0, 0, 0),
-            _Filter(0x06, 0, 0, 0xFFFFFFFF),
-        )
-        program = _Program(len(code), ctypes.cast(code, ctypes.POINTER(_Filter)))
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(program))
-
-    def run(self) -> None:
-        """Listens until `stop`."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
-        while all(fd != self._wake for fd, _ in poll.poll()):
-            self._receive()
-        self._receive()
-        self._socket.close()
-        os.close(self._wake)
-
-    def _receive(self) -> None:
-        """Tells of everything that has come."""
-        while True:
-            try:
-                data = self._socket.recv(_RECEIVE)
-            except BlockingIOError:
-                return
-            except OSError:  # ENOBUFS: something was lost, and it may have been about us
-                self._disturbed()
-                continue
-            if any(_is_ours(kind, body) for kind, _, _, body in _messages(data)):
-                self._disturbed()
-
-    def stop(self) -> None:
-        """Ends the thread, once it has told of everything that came before."""
-        os.eventfd_write(self._wake, 1)
-        self.join()
-
-
-def _is_ours(kind: int, body: bytes) -> bool:
-    if kind & 0xFF == netlink.NEWGEN or body[0] not in FAMILY_OF_NUMBER:
-        return False
-    return netlink.text(dict(attributes(body[4:])).get(1, b"")) == TABLE

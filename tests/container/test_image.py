@@ -140,7 +140,7 @@ client.ApiClient(client.Configuration())
 """
     code, said = node.once("-I", "-c", program, entrypoint=["/usr/bin/python3"])
     assert code == 0, said
-    for module in ("agent.loop", "agent.sources.manifests.follower", "rules.netlink"):
+    for module in ("agent.loop", "agent.sources.manifests.follower", "rules.netlink.batch"):
         assert module in said.split()
 
 

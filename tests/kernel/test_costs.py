@@ -15,7 +15,8 @@ import pytest
 
 from agent.config.settings import Settings
 from lab.world import World
-from rules import netlink
+from rules.netlink.attributes import string
+from rules.netlink.nftables import NFT_MSG_GETRULE, NFTA_RULE_TABLE
 from rules.objects import EndpointSlice, Object
 from rules.slots import fitting
 from rules.tables import FAMILIES
@@ -281,7 +282,7 @@ def _rules_in_kernel(proxy: Proxy, family: int) -> int:
     """Answers to a GETRULE dump of our table."""
     found = proxy.kernel.find(family)
     assert found is not None
-    request = netlink.string(1, "sliceproxy")
-    answers = proxy.kernel.dump(netlink.GETRULE, family, request)
+    request = string(NFTA_RULE_TABLE, "sliceproxy")
+    answers = proxy.kernel.dump(NFT_MSG_GETRULE, family, request)
     assert len(answers) == sum(map(len, found.rules.values()))
     return len(answers)

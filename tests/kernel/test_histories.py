@@ -33,12 +33,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from agent.kernel.tables import Found
+from agent.kernel.tables import KernelTable
 from lab.world import World
 from rules.diff import Elements, between
 from rules.events import Delete, Event, NodeAddresses, Upsert
 from rules.language import Set, Table
-from rules.netlink import attributes
+from rules.netlink.attributes import attributes
 from rules.objects import EndpointSlice, Name, Node, Service, ServiceCIDR, parse_network
 from rules.options import DetectLocalMode, Options
 from rules.slots import LADDER, fewest
@@ -311,7 +311,7 @@ class Tables:
         self._right: set[tuple[int, bytes]] = set()
         self._described: dict[int, Table] = {}
 
-    def check(self, table: Table, found: Found | None) -> None:
+    def check(self, table: Table, found: KernelTable | None) -> None:
         assert found is not None
         self._described[id(table)] = table  # keeps the id from being used again
         seen = (id(table), self._fingerprint(found))
@@ -320,7 +320,7 @@ class Tables:
             self._right.add(seen)
 
     @staticmethod
-    def _fingerprint(found: Found) -> bytes:
+    def _fingerprint(found: KernelTable) -> bytes:
         """All that defines sets, chains and rules; no handles and no counts."""
         parts = []
         for defining, bodies in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,11 +12,12 @@ import structlog
 from structlog.testing import capture_logs
 
 from agent.kernel import readahead
+from agent.kernel.errors import OwnedByOther, Refused
 from agent.kernel.readahead import ReadAhead, read_ahead
-from agent.kernel.tables import Kernel, OwnedByOther, Refused
+from agent.kernel.tables import Kernel
 from agent.loop import reader
 from lab.world import World
-from rules.netlink import Batch
+from rules.netlink.batch import Batch
 from rules.tables import FAMILIES, SETS, TABLE
 from rules.text import Key
 from tests.kernel.proxy import Proxy
@@ -65,6 +67,12 @@ def kernel(world: World, own: bool) -> Iterator[Kernel]:
         yield made
 
 
+def wait(ahead: ReadAhead) -> None:
+    """Until it has read what it can."""
+    while ahead.alive:
+        time.sleep(0.001)
+
+
 def put(world: World, key: Key, table: str = TABLE) -> None:
     """What somebody else may do at any time: adds an element."""
     batch = Batch()
@@ -86,8 +94,8 @@ def test_it_reads_what_the_loop_would_read(kernel: Kernel, begin: Begin) -> None
         assert found
         assert there
         assert there.elements == kernel.read(found)
-        assert there.found._replace(flags=0, owner=0) == found._replace(flags=0, owner=0)
-        assert kernel.fits(there.found)
+        assert there.table._replace(flags=0, owner=0) == found._replace(flags=0, owner=0)
+        assert kernel.fits(there.table)
     assert VIP in kernel.elements(CLUSTER_IPS)
 
 
@@ -127,11 +135,11 @@ def test_a_change_before_the_tables_are_ours_is_noticed(
     ahead = begin(kernel)
     assert ahead
     if finished:
-        ahead.join()
+        wait(ahead)
     put(world, OTHER)
     kernel.take_over()
     assert not any(ahead.take(family) for family in FAMILIES)
-    # the way of the loop: it reads now what it could not read ahead
+    # the loop reads now what it could not read ahead
     table = next(t for t in Proxy(world).state.tables() if t.family == 4)
     view = reader(kernel, ahead)(table)
     assert view
@@ -143,7 +151,7 @@ def test_a_table_that_was_deleted_meanwhile_is_noticed(
 ) -> None:
     ahead = begin(kernel)
     assert ahead
-    ahead.join()
+    wait(ahead)
     remove(world)
     kernel.take_over()
     assert ahead.take(4) is None
@@ -155,7 +163,7 @@ def test_what_others_do_to_their_own_tables_does_not_count(
 ) -> None:
     ahead = begin(kernel)
     assert ahead
-    ahead.join()
+    wait(ahead)
     before = kernel.generation()
     put(world, OTHER, "other")
     assert kernel.generation() != before
@@ -175,7 +183,7 @@ def test_an_owner_that_goes_later(world: World, begin: Begin, changes: bool) -> 
             one.put(*OBJECTS)
             ahead = begin(kernel)
             assert ahead
-            ahead.join()
+            wait(ahead)
             with pytest.raises(OwnedByOther):
                 kernel.take_over()
             if changes:
@@ -194,13 +202,13 @@ def test_a_failure_is_as_if_it_had_not_been_tried(
         raise error
 
     with monkeypatch.context() as patch, capture_logs() as lines:
-        patch.setattr(readahead._Reader, "_receive", fail)
+        patch.setattr(readahead.BatchedSocket, "receive_some", fail)
         ahead = begin(kernel)
         assert ahead
         kernel.take_over()
         assert ahead.take(4) is None
     events = [(line["event"], line.get("used")) for line in lines]
-    assert events == [("could not read ahead", None), ("read ahead", False)]
+    assert events == [("read_ahead_failed", None), ("read_ahead", False)]
 
 
 def test_it_can_be_stopped_at_any_time(kernel: Kernel, begin: Begin) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from agent.kernel.tables import Kernel
 from lab.world import World
-from rules import netlink
+from rules.netlink.nftables import NFT_MSG_DELSETELEM, NFT_MSG_NEWSETELEM
 from rules.tables import SETS
 from rules.target import target_of
 from tests.kernel.agent import PATIENCE, Agent, Connections, write
@@ -109,7 +109,7 @@ class Notifications:
             position = 0
             while position < len(data):
                 length, kind = struct.unpack_from("=IH", data, position)
-                count += kind & 0xFF in (netlink.NEWSETELEM, netlink.DELSETELEM)
+                count += kind & 0xFF in (NFT_MSG_NEWSETELEM, NFT_MSG_DELSETELEM)
                 position += (length + 3) & ~3
 
 
@@ -126,7 +126,7 @@ def test_killed_and_started_again_it_writes_nothing(
             line = agent.wait("verified", since=first)
             assert seen.element_messages() == 0
         assert (line["added"], line["removed"]) == (0, 0)
-        assert agent.wait("read ahead", since=first)["used"]
+        assert agent.wait("read_ahead", since=first)["used"]
         assert set(connections.outcomes) == {"answered"}
 
 
@@ -245,7 +245,7 @@ def test_a_second_agent_waits_and_takes_over_without_a_gap(world: World, place: 
             one.kill()
             line = two.wait("verified")
         assert (line["added"], line["removed"]) == (0, 0)
-        assert two.wait("read ahead")["used"]
+        assert two.wait("read_ahead")["used"]
         assert set(connections.outcomes) == {"answered"}
         first = len(two.lines)
         write(place, *documents(1))
@@ -261,7 +261,7 @@ def test_what_the_owner_does_while_a_second_agent_waits_is_seen(world: World, pl
         one.kill()
         line = two.wait("verified")
         assert (line["added"], line["removed"]) == (0, 0)
-        assert not two.wait("read ahead")["used"]
+        assert not two.wait("read_ahead")["used"]
 
 
 @needs_nft
@@ -283,7 +283,7 @@ def test_damage_between_a_start_and_the_first_lists_is_repaired(
         write(place, *documents(1, 2))
         line = agent.wait("programmed", since=first)
         assert line["elements"] == "endpoints +2"
-        assert not agent.wait("read ahead", since=first)["used"]
+        assert not agent.wait("read_ahead", since=first)["used"]
         assert answers(world)
 
 

@@ -19,7 +19,7 @@ import pytest
 from agent.kernel.conntrack import Conntrack, decode
 from agent.kernel.sysctl import ConntrackSettings, apply
 from lab.world import World
-from rules.netlink import attributes
+from rules.netlink.attributes import attributes
 from rules.objects import EndpointSlice, Service
 from rules.stale_flows import Flow
 from rules.state import State

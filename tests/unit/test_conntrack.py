@@ -15,21 +15,30 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from agent.kernel.conntrack import (
-    ConntrackError,
     Flows,
-    _aims,
+    _filters,
     decode,
     delete_request,
     dump_request,
     parse,
 )
+from agent.kernel.errors import ConntrackError
 from rules.events import Delete, Upsert
 from rules.frontends import destination_key
-from rules.netlink import attribute, attributes, nest
+from rules.netlink.attributes import Malformed, attribute, attributes, nest
 from rules.objects import TCP, UDP, EndpointSlice
 from rules.options import Options
 from rules.program import Claim
-from rules.stale_flows import Aim, Flow, Serving, aim, claims_of, is_stale, is_udp, must_look
+from rules.stale_flows import (
+    Flow,
+    FlowFilter,
+    Serving,
+    claims_of,
+    flow_filter,
+    is_stale,
+    is_udp,
+    must_look,
+)
 from rules.state import State
 from rules.tables import SETS
 from tests.manifest import endpoint, endpoint_slice, node, service
@@ -148,17 +157,17 @@ def test_what_nobody_looks_at_is_not_stale(
             assert not now
 
 
-def test_claims_and_aims() -> None:
+def test_claims_and_filters() -> None:
     assert claims_of(VIP, on_node) == [BY_IP]
     assert claims_of(NODE, on_node) == [BY_NODE_IP, BY_PORT]
     v6 = at("fd00::1", 53)
     by_ip6 = Claim(SETS[6].service_ips, destination_key(packed("fd00::1"), UDP, 53))
     assert claims_of(v6, on_node) == [by_ip6]
-    assert aim(BY_IP) == Aim(4, packed("10.96.0.10"), 53)
-    assert aim(BY_PORT) == Aim(4, b"", 30053)
-    assert aim(by_ip6) == Aim(6, packed("fd00::1"), 53)
-    assert _aims([BY_IP, BY_PORT, by_ip6], 4) == {aim(BY_IP), aim(BY_PORT)}
-    assert _aims([BY_IP, BY_PORT, by_ip6], 6) == {Aim(6, b"", 53)}
+    assert flow_filter(BY_IP) == FlowFilter(4, packed("10.96.0.10"), 53)
+    assert flow_filter(BY_PORT) == FlowFilter(4, b"", 30053)
+    assert flow_filter(by_ip6) == FlowFilter(6, packed("fd00::1"), 53)
+    assert _filters([BY_IP, BY_PORT, by_ip6], 4) == {flow_filter(BY_IP), flow_filter(BY_PORT)}
+    assert _filters([BY_IP, BY_PORT, by_ip6], 6) == {FlowFilter(6, b"", 53)}
     assert is_udp(BY_IP)
     assert is_udp(BY_PORT)
     assert not is_udp(Claim(SETS[4].service_ips, destination_key(packed("1.1.1.1"), TCP, 53)))
@@ -235,7 +244,8 @@ def test_odd_entries_are_read_too() -> None:
 def test_what_is_not_udp_is_no_flow() -> None:
     assert read(entry(Flow(CLIENT, VIP, A), protocol=TCP)) is None
     assert read(b"") is None
-    assert read(entry(Flow(CLIENT, VIP, A))[:60]) is None
+    with pytest.raises(Malformed):
+        read(entry(Flow(CLIENT, VIP, A))[:60])
 
 
 def test_a_deletion_names_tuple_zone_and_id() -> None:
@@ -259,14 +269,14 @@ def test_a_deletion_without_a_tuple_would_flush_everything() -> None:
 
 def test_a_dump_asks_for_no_ipv6_address() -> None:
     """The kernel's filter tells all flows but those to that address."""
-    aimed = dump_request(4, Aim(4, packed("10.96.0.10"), 53))
+    aimed = dump_request(4, FlowFilter(4, packed("10.96.0.10"), 53))
     assert packed("10.96.0.10") in aimed
-    assert dict(attributes(dict(attributes(aimed[20:]))[25]))[1] == struct.pack("=I", 2 | 8 | 32)
-    aimed6 = dump_request(6, Aim(6, packed("fd00::1"), 53))
+    assert dict(attributes(dict(attributes(aimed[4:]))[25]))[1] == struct.pack("=I", 2 | 8 | 32)
+    aimed6 = dump_request(6, FlowFilter(6, packed("fd00::1"), 53))
     assert packed("fd00::1") not in aimed6
-    assert dict(attributes(dict(attributes(aimed6[20:]))[25]))[1] == struct.pack("=I", 8 | 32)
+    assert dict(attributes(dict(attributes(aimed6[4:]))[25]))[1] == struct.pack("=I", 8 | 32)
     everything = dump_request(4)
-    assert dict(attributes(dict(attributes(everything[20:]))[25]))[1] == struct.pack("=I", 8)
+    assert dict(attributes(dict(attributes(everything[4:]))[25]))[1] == struct.pack("=I", 8)
 
 
 # --- which changes make one look ------------------------------------------------------------------

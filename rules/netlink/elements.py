@@ -1,0 +1,177 @@
+"""Elements of sets and maps, to and from netlink.
+
+Whole clusters pass through these functions, so elements of one size are packed from templates, of
+which only key and data change, and read back by fixed strides.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+
+from rules.language import Set
+from rules.netlink.attributes import Malformed, attribute, attributes, integer, nest, text, u32
+from rules.netlink.expressions import verdict_data
+from rules.netlink.nftables import (
+    NFT_GOTO,
+    NFT_SET_ELEM_INTERVAL_END,
+    NFTA_DATA_VALUE,
+    NFTA_DATA_VERDICT,
+    NFTA_LIST_ELEM,
+    NFTA_SET_ELEM_DATA,
+    NFTA_SET_ELEM_FLAGS,
+    NFTA_SET_ELEM_KEY,
+    NFTA_SET_ELEM_KEY_END,
+    NFTA_VERDICT_CHAIN,
+)
+from rules.text import Element, Key, Value
+
+_KEY_START = 12  # three headers: the list's element, NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE
+
+
+def _element(*parts: bytes) -> bytes:
+    return nest(NFTA_LIST_ELEM, *parts)
+
+
+def _key(key: bytes) -> bytes:
+    return nest(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, key))
+
+
+def encode_elements(owner: Set, elements: Iterable[Element]) -> list[bytes]:
+    """Each element as a list attribute, ready to be joined."""
+    if owner.interval:
+        return [part for e in elements for part in _encode_range(owner, e)]
+    length = owner.key_length
+    if owner.verdicts:
+        parts = _Verdicts(length)
+        return [key.join(parts[value]) for key, value in elements if isinstance(value, str)]
+    padding = bytes(-length % 4)
+    if not owner.data:
+        head = _element(_key(bytes(length)))[:_KEY_START]
+        return [head + key + padding for key, _ in elements]
+    data = nest(NFTA_SET_ELEM_DATA, attribute(NFTA_DATA_VALUE, bytes(owner.data_length)))
+    empty = _element(_key(bytes(length)), data)
+    head, middle = empty[:_KEY_START], empty[_KEY_START + length : _KEY_START + length + 8]
+    return [head + key + middle + value for key, value in elements if isinstance(value, bytes)]
+
+
+class _Verdicts(dict[str, tuple[bytes, bytes]]):
+    """By chain, the bytes before and behind the key in an element whose verdict is `goto` it."""
+
+    def __init__(self, key_length: int) -> None:
+        super().__init__()
+        self._length = key_length
+
+    def __missing__(self, chain: str) -> tuple[bytes, bytes]:
+        verdict = nest(NFTA_SET_ELEM_DATA, verdict_data(NFT_GOTO, chain))
+        element = _element(_key(bytes(self._length)), verdict)
+        self[chain] = element[:_KEY_START], element[_KEY_START + self._length :]
+        return self[chain]
+
+
+def encode_keys(owner: Set, elements: Iterable[Element]) -> list[bytes]:
+    """The keys of elements, each as a list attribute: as a deletion needs them."""
+    if owner.interval:
+        return [part for e in elements for part in _encode_range(owner, e)]
+    head = _element(_key(bytes(owner.key_length)))[:_KEY_START]
+    padding = bytes(-owner.key_length % 4)
+    return [head + key + padding for key, _ in elements]
+
+
+def _encode_range(owner: Set, element: Element) -> Iterator[bytes]:
+    """A range: with both ends where keys are concatenated, else as a start and an end element."""
+    low, high = element
+    assert isinstance(high, bytes)
+    if len(owner.key) > 1:
+        end = nest(NFTA_SET_ELEM_KEY_END, attribute(NFTA_DATA_VALUE, high))
+        yield _element(_key(low), end)
+        return
+    yield _element(_key(low))
+    behind = int.from_bytes(high, "big") + 1
+    if behind < 1 << 8 * len(high):  # a range up to the last address has no end
+        flags = u32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END)
+        yield _element(flags, _key(behind.to_bytes(len(high), "big")))
+
+
+def decode_elements(owner: Set, payload: bytes) -> Iterator[Element]:
+    """The elements in the NFTA_SET_ELEM_LIST_ELEMENTS attribute of a dump.
+
+    Ranges of single keys are pairs of start and end elements, which `join_ranges` makes into
+    ranges. Raises Malformed, also for keys and data that do not have the set's length.
+    """
+    if owner.data and not owner.dynamic:
+        yield from _decode_fixed(owner, payload)
+        return
+    for _, content in attributes(payload):
+        yield _decode_element(owner, content)
+
+
+def _decode_fixed(owner: Set, payload: bytes) -> Iterator[Element]:
+    """Elements of one size by their stride; one by one if any has another layout."""
+    key, data = owner.key_length, owner.data_length
+    template = encode_elements(owner, [(bytes(key), bytes(data))])[0]
+    head, middle = template[:_KEY_START], template[_KEY_START + key : _KEY_START + key + 8]
+    layout = struct.Struct(f"=12s{key}s8s{data}s")
+    if len(payload) % layout.size == 0:
+        unpacked = list(layout.iter_unpack(payload))
+        if all(h == head and m == middle for h, _, m, _ in unpacked):
+            for _, k, _, d in unpacked:
+                yield k, d
+            return
+    for _, content in attributes(payload):
+        yield _decode_element(owner, content)
+
+
+def _decode_element(owner: Set, content: bytes) -> Element:
+    key, value = b"", None  # type: bytes, Value
+    flags = 0
+    for kind, payload in attributes(content):
+        if kind == NFTA_SET_ELEM_KEY:
+            key = _inner(payload)
+        elif kind == NFTA_SET_ELEM_DATA:
+            value = _data(payload)
+        elif kind == NFTA_SET_ELEM_KEY_END:
+            value = _inner(payload)
+        elif kind == NFTA_SET_ELEM_FLAGS:
+            flags = integer(payload)
+    if len(key) != owner.key_length:
+        raise Malformed(f"a key of {len(key)} bytes in {owner.name}")
+    if flags & NFT_SET_ELEM_INTERVAL_END:
+        return key, END
+    if owner.data and len(value or b"") != owner.data_length:
+        raise Malformed(f"data of {len(value or b'')} bytes in {owner.name}")
+    return key, value
+
+
+END = "end of a range"
+"""The value by which `decode_elements` marks the element behind a range."""
+
+
+def _inner(payload: bytes) -> bytes:
+    return next((content for kind, content in attributes(payload) if kind == NFTA_DATA_VALUE), b"")
+
+
+def _data(payload: bytes) -> Value:
+    for kind, content in attributes(payload):
+        if kind == NFTA_DATA_VALUE:
+            return content
+        if kind == NFTA_DATA_VERDICT:
+            chain = next((c for k, c in attributes(content) if k == NFTA_VERDICT_CHAIN), b"")
+            return text(chain)
+    return None
+
+
+def join_ranges(elements: Iterable[Element]) -> dict[Key, Value]:
+    """Start and end elements, as the kernel keeps single-key ranges, as ranges."""
+    ranges: dict[Key, Value] = {}
+    start: bytes | None = None
+    # at one address the end of a range sorts before the start of the next
+    for key, value in sorted(elements, key=lambda e: (e[0], e[1] != END)):
+        if value != END:
+            start = key
+        elif start is not None:
+            ranges[start] = (int.from_bytes(key, "big") - 1).to_bytes(len(key), "big")
+            start = None
+    if start is not None:
+        ranges[start] = b"\xff" * len(start)
+    return ranges
