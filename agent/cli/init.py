@@ -9,7 +9,8 @@ import click
 
 from agent import log
 from agent.cli.flags import settings, settings_flags
-from agent.kernel.conntrack import Conntrack, ConntrackError
+from agent.kernel.conntrack import Conntrack
+from agent.kernel.errors import ConntrackError
 from agent.kernel.sysctl import configure
 
 
