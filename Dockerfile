@@ -1,54 +1,91 @@
 # The image of sliceproxy's agent: an interpreter, the agent, and nothing to log in to.
 #
-#   docker build --tag sliceproxy .
+#   docker build --tag sliceproxy:0.2.0 .
 #
 # Three stages. `packages` installs from Debian and from requirements.lock, `tree` picks what the
-# agent needs into a root directory of its own, and the last stage is that directory and nothing
-# else: no shell, no package manager, no setuid file.
+# agent needs into a root directory of its own, and the last stage is that directory alone: no
+# shell, no package manager, no setuid file.
 #
-# 59 MB, compressed 23.5 MB (amd64): the interpreter with its library 19, shared libraries 14, the
-# agent 1, what it imports 24. The stage `packages`, which has it all as it comes, has 490 MB.
+# 59.8 MB, compressed 23.5 MB (amd64): the interpreter with its library 19, shared libraries 14, the
+# agent 1, what it imports 25. The stage `packages`, before anything is left out, has 490 MB.
 #
-# Reproducible: every Python package is pinned with its hashes in requirements.lock (its head says
-# how it is made). What Debian contributes is as old as the base image and the mirror; to fix that
-# too, give both:
+# Behind a company's mirror, whose certificate only the company knows:
 #
-#   docker build --build-arg BASE=debian@sha256:... \
-#       --build-arg SOURCES='deb [check-valid-until=no] SNAPSHOT-URL trixie main' .
+#   docker build --build-arg INDEX=https://mirror.example/pypi/simple \
+#       --build-arg SOURCES='deb https://mirror.example/debian trixie main' \
+#       --build-arg CERTIFICATES="$(cat company-ca.pem)" .
 #
-# /usr/share/sliceproxy/versions in the image lists what went in, and /var/lib/dpkg/status.d and
-# the packages' dist-info tell the same to vulnerability scanners.
+# These arguments are seen by the first stages only and leave no trace in the image. Still, give no
+# password in them: the build cache of the engine keeps them.
+#
+# Reproducible: requirements.lock pins every Python package with its hashes (its head says how to
+# update it). What Debian contributes is as old as the base image and the mirror; to fix that and
+# the time in the SBOM, too, give all three:
+#
+#   docker build --build-arg BASE=debian:trixie-slim@sha256:... \
+#       --build-arg SOURCES='deb [check-valid-until=no] SNAPSHOT-URL trixie main' \
+#       --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) .
+#
+# The digest of the day, to renew it with each release (a release should pin it):
+#
+#   docker buildx imagetools inspect debian:trixie-slim --format '{{.Manifest.Digest}}'
+#
+# Other architectures: `docker buildx build --platform linux/arm64 .`. Nothing here names one, and
+# all wheels of the lock exist for arm64 (tests/container/test_wheels.py); the image itself was built
+# and run on amd64 only.
+#
+# Inside, for scanners of vulnerabilities and for people: /usr/share/sliceproxy/sbom.spdx.json (SPDX
+# 2.3), /usr/share/sliceproxy/versions, /var/lib/dpkg/status.d and the packages' dist-info.
 
 ARG BASE=debian:trixie-slim
 
-# --- what there is --------------------------------------------------------------------------------
+# --- all packages --------------------------------------------------------------------------------
 
 FROM ${BASE} AS packages
-# The lines of an apt sources list, say of a snapshot; empty: the base image's own, as of today.
+# The lines of an apt sources list, say of a snapshot; empty: the base image's own.
 ARG SOURCES=
-RUN if [ -n "$SOURCES" ]; then \
+# Certificate authorities to trust beyond Debian's, in PEM, one after the other.
+ARG CERTIFICATES=
+# update-ca-certificates, which Debian's pip depends on, takes one certificate a file. apt needs them
+# before that; for https it has no other ones in this base image.
+RUN set -eu; \
+    if [ -n "$SOURCES" ]; then \
         rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*; \
         printf '%s\n' "$SOURCES" >/etc/apt/sources.list; \
-    fi \
-    && apt-get update -q \
+    fi; \
+    if [ -n "$CERTIFICATES" ]; then \
+        mkdir -p /usr/local/share/ca-certificates; \
+        cd /usr/local/share/ca-certificates; \
+        printf '%s\n' "$CERTIFICATES" | awk \
+            '/-BEGIN CERTIFICATE-/ { file = "build-" ++n ".crt" } file { print >file }'; \
+        [ -e build-1.crt ] || { echo "CERTIFICATES has no certificate in PEM" >&2; exit 1; }; \
+        if [ ! -e /etc/ssl/certs/ca-certificates.crt ]; then \
+            cat build-*.crt >/etc/apt/build-certificates; \
+            echo 'Acquire::https::CaInfo "/etc/apt/build-certificates";' \
+                >/etc/apt/apt.conf.d/build-certificates; \
+        fi; \
+    fi; \
+    apt-get update -q \
     && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
         python3 python3-pip python3-setuptools
 
-# The dependencies first: this layer is built again only when the lock changes. Wheels only, so
-# nobody's build script runs here, and the agent needs no compiler.
+# The dependencies first: this layer is built again only when the lock changes. Wheels only, so no
+# build script of another project runs here, and no compiler is needed.
 COPY requirements.lock /build/
-RUN python3 -m pip install --no-cache-dir --no-compile --disable-pip-version-check \
+# The package index; empty: PyPI.
+ARG INDEX=
+RUN ${INDEX:+env PIP_INDEX_URL="$INDEX"} python3 -m pip install --no-cache-dir --no-compile --disable-pip-version-check \
         --root-user-action=ignore --require-hashes --no-deps --only-binary :all: \
         --target /site -r /build/requirements.lock
 
 # The agent itself, built with Debian's setuptools so that nothing unpinned is fetched for it.
-# All there is besides the lock: .dockerignore says what the project's package is made of.
+# .dockerignore says what the project's package is made of.
 COPY . /build/
 RUN python3 -m pip install --no-cache-dir --no-compile --disable-pip-version-check \
         --root-user-action=ignore --no-deps --no-build-isolation --no-index \
         --target /own /build
 
-# --- what is needed -------------------------------------------------------------------------------
+# --- the files the agent needs -------------------------------------------------------------------------------
 
 FROM packages AS tree
 # Never imported by the agent: the client's generated models and asyncio twin (125 MB; the agent
@@ -125,16 +162,33 @@ RUN set -eu; \
         --disable-pip-version-check >>usr/share/sliceproxy/versions; \
     usr/bin/python3 --version
 
-# --- what runs ------------------------------------------------------------------------------------
+COPY tools/sbom /build/tools/
+ARG VERSION=0.2.0
+ARG SOURCE_DATE_EPOCH=
+RUN python3 /build/tools/sbom /root-tree sliceproxy "$VERSION" \
+        >/root-tree/usr/share/sliceproxy/sbom.spdx.json
+
+# --- the image ------------------------------------------------------------------------------------
 
 FROM scratch
 COPY --from=tree /root-tree /
-# No bytecode is written, and lines reach the log as they are said.
+ARG BASE
+ARG VERSION=0.2.0
+# The commit: --build-arg REVISION=$(git rev-parse HEAD)
+ARG REVISION=unknown
+# https://github.com/opencontainers/image-spec/blob/main/annotations.md
+LABEL org.opencontainers.image.title="sliceproxy" \
+    org.opencontainers.image.description="A Kubernetes service proxy with a constant number of nftables rules" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.base.name="${BASE}"
+# No bytecode is written, and log lines are not buffered.
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PATH=/usr/local/bin:/usr/bin
 # Root by number, and meant to run with NET_ADMIN as its only capability: that is less than it
 # sounds, since uid 0 without capabilities may not even read another user's files. A capability for
 # another uid would have to be ambient, which Kubernetes cannot give (KEP-2763), or come from the
-# interpreter's file, which needs allowPrivilegeEscalation and hands it to everybody who runs it.
+# interpreter's file, which needs allowPrivilegeEscalation and gives it to whoever runs that.
 USER 0:0
 ENTRYPOINT ["/usr/local/bin/sliceproxy"]
 CMD ["run"]

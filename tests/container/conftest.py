@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -36,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 TREE = ROOT / "build" / "trixie"
 BASE = "debian:trixie-slim"
 PATIENCE = 30.0
+REVISION = "0" * 40
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +75,7 @@ def base(engine: docker.DockerClient) -> Iterator[str]:
 
 
 def _write_base(file: Path) -> None:
-    """The tree, without what tests and apt have left in it, and with the certificates that this
-    machine trusts beyond Debian's: the way to a package registry may need them."""
+    """The tree, without what tests and apt have left in it."""
 
     def chosen(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         left = (".nft", "/var/lib/apt/lists/", "/var/cache/apt/archives/")
@@ -81,8 +83,21 @@ def _write_base(file: Path) -> None:
 
     with tarfile.open(file, "w") as tar:
         tar.add(TREE.resolve(), arcname=".", filter=chosen)
-        for certificate in Path("/usr/local/share/ca-certificates").glob("*.crt"):
-            tar.add(certificate.resolve(), arcname=f".{certificate}")
+
+
+def _build_arguments(base: str) -> dict[str, str]:
+    """What this machine needs to build: the package index that its pip is configured for, and the
+    certificates that it trusts beyond Debian's."""
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    index = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    certificates = sorted(Path("/usr/local/share/ca-certificates").glob("*.crt"))
+    return {
+        "BASE": base,
+        "INDEX": index,
+        "CERTIFICATES": "\n".join(file.read_text(encoding="ascii") for file in certificates),
+        "REVISION": REVISION,
+        "SOURCE_DATE_EPOCH": "1767225600",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +110,7 @@ def image(engine: docker.DockerClient, base: str) -> Iterator[str]:
         for line in engine.api.build(
             path=str(ROOT),
             tag=name,
-            buildargs={"BASE": base},
+            buildargs=_build_arguments(base),
             network_mode="host",
             rm=True,
             forcerm=True,
