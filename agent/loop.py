@@ -1,13 +1,14 @@
-"""Events in, one transaction out.
+"""The agent's main loop: events in, one transaction out.
 
-Sources put lists of events into a queue. The loop takes whatever has come, applies it, and sends
-one transaction; what comes meanwhile waits in the queue and becomes the next one. There is no
-delay: an idle node programs a change at once, a busy one in larger batches.
+Sources put lists of events into a queue. The loop takes everything that is queued, applies it, and
+sends one transaction; what arrives meanwhile becomes the next one. There is no delay: an idle node
+programs a change at once, a busy one in larger batches. Nothing is programmed before the source's
+first complete lists and the node's addresses are known.
 
-The loop trusts its memory of what it wrote, until something says that it should not: the kernel
-refuses a transaction as stale, or a `Watcher` saw somebody else change the tables. Then it reads
-everything back, keeps the slots it finds, and writes the difference. At a start it does the same;
-what there is has been read ahead by then, see `agent.kernel.readahead`.
+The loop trusts its record of what it wrote until the kernel refuses a transaction as stale, or a
+`Watcher` reports that another process changed the tables. Then it reads everything back, keeps the
+slots it finds, and writes the difference. It does the same at a start, when most of it has been
+read ahead, see `agent.kernel.readahead`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from agent.kernel.watcher import Watcher
 from agent.serve.health import Heartbeat
 from agent.serve.metrics import Recorder
 from rules.diff import Change
-from rules.events import Event, Synced
+from rules.events import Event, NodeAddresses, Synced
 from rules.health_check import HealthCheck
 from rules.language import Table
 from rules.objects import Name
@@ -46,29 +47,42 @@ class Stop(NamedTuple):
 
 
 class Disturbed(NamedTuple):
-    """Somebody else changed our tables."""
+    """Another process changed our tables."""
 
 
 class Failed(NamedTuple):
-    """A part of the agent cannot go on; the loop raises its error."""
+    """A worker cannot go on; the loop raises WorkerFailed."""
 
+    name: str
     error: Exception
+
+
+class WorkerFailed(Exception):
+    """A thread of the agent ended with an error, so the agent has to end."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(f"the thread {failed.name!r} failed: {failed.error!r}")
+        self.worker = failed.name
+        self.error = failed.error
 
 
 Message = Sequence[Event] | Stop | Disturbed | Failed
 
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 OWNER_POLL_SECONDS = 0.2
+LOAD_SECONDS = 30.0
+"""For so long after the start the garbage collector stays off: a load makes no garbage, but many
+objects, which the collector would walk again and again. Failed attempts to load make garbage."""
 
 
 def reader(
-    kernel: Kernel, ahead: ReadAhead | None = None, *, anew: bool = False
+    kernel: Kernel, ahead: ReadAhead | None = None, *, replace: bool = False
 ) -> Callable[[Table], KernelView | None]:
-    """Reads back what the kernel has in place of a table, for `State.resync`, unless that was read
-    ahead.
+    """The function that `State.resync` calls for the kernel's version of a table. It reads the
+    table, unless that was read ahead.
 
-    A table that has not the ownership that our tables get must be made `anew`, so nothing of it
-    counts as being as wanted.
+    If the table has another ownership than ours get, or with `replace`, none of its sets counts as
+    up to date, so that the table is recreated.
     """
 
     def read(table: Table) -> KernelView | None:
@@ -77,26 +91,27 @@ def reader(
         if there is None:
             return None
         known = there.table.known(table)
-        if anew or not kernel.fits(there.table):
+        if replace or not kernel.fits(there.table):
             known = known._replace(sets=dict.fromkeys(known.sets))
         return KernelView(known, there.elements)
 
     return read
 
 
-class Observers(NamedTuple):
-    """Who is told how it goes. `checks` gets the health check ports after each transaction."""
+class Reports(NamedTuple):
+    """Where the loop reports its progress. `health_checks` gets the health check ports of all
+    Services after each transaction."""
 
     recorder: Recorder = Recorder()
     heartbeat: Heartbeat = Heartbeat()
-    checks: Callable[[Mapping[Name, HealthCheck]], None] = lambda _: None
-
-
-_NOBODY = Observers()
+    health_checks: Callable[[Mapping[Name, HealthCheck]], None] = lambda _: None
 
 
 class Loop:
-    """The agent's main loop. `put` may be called from any thread and from signal handlers."""
+    """See the module. `put` may be called from any thread and from signal handlers.
+
+    With `expects_node` the node counts as leaving while its Node object is unknown.
+    """
 
     def __init__(
         self,
@@ -105,18 +120,23 @@ class Loop:
         log: Log,
         *,
         show_elements: bool = False,
-        observers: Observers = _NOBODY,
+        reports: Reports | None = None,
         ahead: ReadAhead | None = None,
+        flows: Flows | None = None,
+        expects_node: bool = False,
     ) -> None:
         self.state = state
         self._show_elements = show_elements
         self._kernel = kernel
         self._log = log
         self._ahead = ahead
-        self._flows = Flows(log)
-        self._recorder, self._heartbeat, self._tell_checks = observers
+        self._flows = flows or Flows(log)
+        self._recorder, self._heartbeat, self._report_health_checks = reports or Reports()
+        self._expects_node = expects_node
         self._queue: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
+        self._load_until = time.monotonic() + LOAD_SECONDS
         self._synced = False
+        self._addresses_known = False
         self._doubt = True
         self._disturbed = False
         self._outgrown = False
@@ -124,17 +144,17 @@ class Loop:
         self._retry_at: float | None = None
 
     def put(self, message: Message) -> None:
-        """Hands the loop something to do."""
+        """Queues a message."""
         self._queue.put((time.monotonic(), message))
 
     def run(self) -> None:
-        """Works until `Stop`. Raises what a `Failed` message carries."""
+        """Works until `Stop`. Raises WorkerFailed."""
         watcher = None
         if not self._kernel.table_flags:
             watcher = Watcher(
                 self._kernel.port,
                 lambda: self.put(Disturbed()),
-                lambda _, error: self.put(Failed(error)),
+                lambda name, error: self.put(Failed(name, error)),
             )
             watcher.start()
         try:
@@ -147,7 +167,7 @@ class Loop:
                 self._ahead.stop()
 
     def _turn(self) -> bool:
-        """Takes in everything that has come, then programs it. False once told to stop."""
+        """Applies everything that is queued, then programs it. False after `Stop`."""
         going = True
         for at, message in self._messages():
             match message:
@@ -156,27 +176,45 @@ class Loop:
                 case Disturbed():
                     self._doubt = self._disturbed = True
                     self._heartbeat.queued()
-                case Failed(error):
-                    raise error
+                case Failed():
+                    raise WorkerFailed(message)
                 case events:
-                    self._synced = self._synced or any(isinstance(e, Synced) for e in events)
-                    self.state.apply(events)
-                    self._recorder.told(events, at)
-                    self._heartbeat.queued()
-                    if self._synced:
-                        self._heartbeat.synced()
-        self._heartbeat.eligible(not self.state.node_leaving)
+                    self._take(events, at)
+        unknown = self._expects_node and self._synced and self.state.node is None
+        self._heartbeat.eligible(not self.state.node_leaving and not unknown)
         self._report_notices()
-        if going and self._synced and self._due():
+        if going and self._complete and self._due():
             self._program()
         return going
 
+    def _take(self, events: Sequence[Event], at: float) -> None:
+        if not self._complete:
+            self._synced = self._synced or any(isinstance(e, Synced) for e in events)
+            self._addresses_known = self._addresses_known or any(
+                isinstance(e, NodeAddresses) for e in events
+            )
+        self.state.apply(events)
+        self._recorder.received(events, at)
+        self._heartbeat.queued()
+        if self._complete:
+            self._heartbeat.synced()
+
+    @property
+    def _complete(self) -> bool:
+        """Whether enough is known to program the tables."""
+        return self._synced and self._addresses_known
+
     def _messages(self) -> list[tuple[float, Message]]:
-        timeout = None if self._retry_at is None else max(0.0, self._retry_at - time.monotonic())
+        deadlines = [self._retry_at] if self._retry_at is not None else []
+        if not gc.isenabled():
+            deadlines.append(self._load_until)
+        timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
         try:
             messages = [self._queue.get(timeout=timeout)]
         except queue.Empty:
-            return []
+            messages = []
+        if not gc.isenabled() and time.monotonic() >= self._load_until:
+            gc.enable()
         while True:
             try:
                 messages.append(self._queue.get_nowait())
@@ -203,7 +241,7 @@ class Loop:
                 except Full as error:
                     self._note_full(error)
                 except Stale as error:
-                    self._log.warning("tables are not as they were left", error=str(error))
+                    self._log.warning("tables_changed", error=str(error))
                     self._doubt = self._disturbed = True
             if self._doubt:
                 self._resync()
@@ -217,23 +255,23 @@ class Loop:
             self._failures += 1
             self._retry_at = time.monotonic() + delay
             self._recorder.failed()
-            self._log.error("programming failed", error=str(error), retry_in_seconds=delay)
+            self._log.error("programming_failed", error=str(error), retry_in_seconds=delay)
         else:
             if self._failures:
-                self._log.info("programming works again", failures=self._failures)
+                self._log.info("programming_recovered", failures=self._failures)
             self._failures = 0
             self._heartbeat.programmed()
-            self._tell_checks(self.state.health_checks)
-            self._recorder.lacks(self.state.lacking)
+            self._report_health_checks(self.state.health_checks)
+            self._recorder.local_endpoints_missing(self.state.lacking)
         self._report_notices()
 
     def _note_full(self, error: Full) -> None:
-        self._log.info("a map is full; its table is made anew", map=error.subject)
+        self._log.info("map_full", map=error.subject)
         self._doubt = self._outgrown = True
 
     def _wait_for_owner(self, error: OwnedByOther) -> None:
         if not self._failures:
-            self._log.warning("waiting for the tables' owner to go", error=str(error))
+            self._log.warning("waiting_for_owner", error=str(error))
         self._failures += 1
         self._doubt = True
         self._retry_at = time.monotonic() + OWNER_POLL_SECONDS
@@ -242,17 +280,23 @@ class Loop:
         started = time.perf_counter()
         self._kernel.take_over()
         ahead, self._ahead = self._ahead, None
-        transaction = self.state.resync(reader(self._kernel, ahead, anew=self._outgrown))
+        transaction = self.state.resync(reader(self._kernel, ahead, replace=self._outgrown))
         self._apply(transaction, started, compared=True)
         if self._disturbed and transaction:
             self._recorder.repaired()
         self._doubt = self._disturbed = self._outgrown = False
-        # what was loaded stays, so the collector need not walk it again and again
-        gc.freeze()
-        gc.enable()
+        self._keep_heap()
         for family in FAMILIES:
             self._forget(family)
         self._forget_flows(transaction.change.stale_udp, everything=True)
+
+    @staticmethod
+    def _keep_heap() -> None:
+        """Takes the loaded objects out of the garbage collector's sight: they stay."""
+        if gc.isenabled():  # else there was only a load, which makes no garbage
+            gc.collect()
+        gc.freeze()
+        gc.enable()
 
     def _apply(self, transaction: Transaction, started: float, *, compared: bool = False) -> None:
         sent_at = time.perf_counter()
@@ -265,7 +309,7 @@ class Loop:
             elements=self.state.element_counts if compared else None,
         )
         if transaction.tables:
-            self._recorder.has_rules(self.state.tables())
+            self._recorder.tables_changed(self.state.tables())
         for family in transaction.change.stale_affinity:
             self._forget(family)
         if not compared:  # behind the affinity map, which would bring a stale flow back
@@ -283,23 +327,23 @@ class Loop:
             )
 
     def _forget_flows(self, formerly: Mapping[Claim, Serving], *, everything: bool = False) -> None:
-        """UDP flows that lead nowhere are deleted from conntrack."""
+        """Deletes the UDP flows from conntrack that have no endpoint any more."""
         started = time.perf_counter()
         deleted = self._flows.forget(formerly, self.state.flow_is_stale, everything=everything)
         for family, flows in deleted.items():
-            self._recorder.forgot_flows(family, flows, time.perf_counter() - started)
+            self._recorder.flows_deleted(family, flows, time.perf_counter() - started)
 
     def _forget(self, family: int) -> None:
-        """Sticky clients of endpoints that went are forgotten, right behind the transaction."""
+        """Deletes the affinity of clients whose endpoints were removed, after the transaction."""
         if not any(s.dynamic for t in self.state.tables() if t.family == family for s in t.sets):
             return
         count = self._kernel.forget(family, self.state.is_current)
         if count:
-            self._log.info("sticky clients forgotten", family=family, clients=count)
+            self._log.info("sticky_clients_forgotten", family=family, clients=count)
 
 
 def _summary(transaction: Transaction, state: State) -> dict[str, object]:
-    """What a log line says of a transaction."""
+    """The fields of a log line about a transaction."""
     change = transaction.change
     summary: dict[str, object] = {
         "added": sum(map(len, change.added.values())),

@@ -1,33 +1,37 @@
 """The agent, put together: sources and signals in front of the loop, the kernel behind it, health
 and metrics beside it.
 
-The order of a start matters. The kernel's socket comes first, since nothing goes without it; then
-the health and metrics servers, so that a probe gets an answer from the beginning; then a thread
-that reads the tables back beside all the rest; then the node's addresses, which Services depend on;
-the source of Services last.
+Order of a start: the kernel's socket comes first, since nothing works without it; then the health
+and metrics servers, so that probes are answered from the beginning; then a thread that reads the
+tables back; the node's addresses and the source of Services last. Nothing waits: the loop begins to
+program when the first complete lists and the addresses have arrived, and SIGTERM ends it at any
+time. Whatever ends it, the parts are stopped in the reverse order, and the tables stay.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from agent import __version__, log
 from agent.config.file import ConfigFile
 from agent.config.settings import Settings
 from agent.kernel import addresses, kube_proxy
 from agent.kernel.errors import KernelError
-from agent.kernel.readahead import read_ahead
+from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
-from agent.loop import Failed, Loop, Observers, Stop
-from agent.serve.health import HealthServers, Heartbeat
-from agent.serve.metrics import Metrics, MetricsServer, Recorder
+from agent.loop import Failed, Loop, Reports, Stop, WorkerFailed
+from agent.serve.health import WATCH_TIMEOUT, HealthServer, Heartbeat, WatchAges
+from agent.serve.http import TcpAddress, raise_descriptor_limit
+from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
 from rules.events import Event
 from rules.state import State
 
@@ -36,14 +40,14 @@ if TYPE_CHECKING:
 
 
 class CannotRun(Exception):
-    """The agent cannot start; the message says why and what to do."""
+    """The agent cannot start or go on; the message gives the reason and the remedy."""
 
 
 class Source(Protocol):
-    """What tells the loop of events: a thread that starts and stops."""
+    """What gives the loop its events, in threads of its own."""
 
     def start(self) -> None:
-        """Begins to tell."""
+        """Begins."""
 
     def stop(self) -> None:
         """Ends, and returns when it has."""
@@ -53,39 +57,97 @@ def run(places: tuple[str, ...], settings: Settings, file: ConfigFile | None) ->
     """Runs until SIGTERM or SIGINT; the tables stay. Services come from manifests in `places`, or
     from the API server if there are none.
 
-    Raises CannotRun, or NotPermitted without CAP_NET_ADMIN.
+    Raises CannotRun, or NotPermitted without CAP_NET_ADMIN. What ends it later is one log line and
+    SystemExit.
     """
     logger = log.configure(settings.log_level)
     if file and file.without_meaning:
-        logger.warning(
-            "configuration without meaning here", file=file.path, fields=file.without_meaning
-        )
-    gc.disable()  # until the loop has programmed what is there: a load makes no garbage
-    with Kernel(own=not settings.no_own) as kernel, _observed(settings, logger) as observers:
+        logger.warning("configuration_ignored", file=file.path, fields=file.without_meaning)
+    try:
+        _run(places, settings, logger)
+    except (WorkerFailed, MemoryError, OSError) as error:
+        logger.critical("ended", reason=str(error) or repr(error), advice=_advice(error))
+        raise SystemExit(2) from None
+
+
+def _advice(error: BaseException) -> str:
+    """What the operator can do."""
+    if isinstance(error, WorkerFailed):
+        error = error.error
+    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+        return "raise the memory limit of the container"
+    if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n, LimitNOFILE)"
+    return "restart the agent; the tables stay in place"
+
+
+def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogger) -> None:
+    gc.disable()  # until the loop has programmed everything once, see `loop.LOAD_SECONDS`
+    raise_descriptor_limit()
+    with ExitStack() as stack:
+        kernel = stack.enter_context(Kernel(own=not settings.no_own))
         chosen = settings.options()
+        queued: list[Callable[[Failed], None]] = []
+
+        def failed(name: str, error: Exception) -> None:
+            for put in queued:
+                put(Failed(name, error))
+
+        served = stack.enter_context(_served(settings, logger, failed))
+        reports = served.reports
+        ahead = read_ahead(kernel, logger)
         loop = Loop(
             State(chosen),
             kernel,
             logger,
             show_elements=settings.log_level == "debug",
-            observers=observers,
-            ahead=read_ahead(kernel, logger),
+            reports=reports,
+            ahead=ahead,
+            expects_node=not places,
         )
+        queued.append(loop.put)
         _stop_on_signals(loop)
-        source = _source(places, settings, loop.put, logger, observers.recorder)
-        network = addresses.AddressFollower(loop.put, lambda _, error: loop.put(Failed(error)))
+        source = _source(places, settings, loop.put, logger, served)
+        network = addresses.AddressFollower(loop.put, failed)
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
-        if not places:  # who tries manifests on a machine does not want it configured
+        if ahead:
+            _use_earlier_tables(reports.heartbeat, ahead, logger)
+        if not places:  # a trial with manifests must not configure the machine
             _set_oom_score(settings.oom_score_adj, logger)
             configure(settings.conntrack(), logger)
         _warn_of_kube_proxy(kernel, logger)
+        stack.callback(network.stop)
         network.start()
-        network.ready.wait()
+        stack.callback(source.stop)
         source.start()
         loop.run()
         logger.info("stopped", tables="left in place")
-        source.stop()
-        network.stop()
+
+
+class _Following:
+    """How old the watches of the source are, once there is one."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.watches: Callable[[], Sequence[Watch]] = list
+
+    def ages(self) -> Mapping[str, float]:
+        """Seconds since the last valid answer, by resource."""
+        now = time.monotonic()
+        return {w.resource: now - (w.last_message or self._started) for w in self.watches()}
+
+
+class _Served(NamedTuple):
+    reports: Reports
+    following: _Following
+
+
+def _use_earlier_tables(
+    heartbeat: Heartbeat, ahead: ReadAhead, logger: FilteringBoundLogger
+) -> None:
+    """Until this run has programmed something, the node forwards by what an earlier one left."""
+    heartbeat.earlier_tables = lambda: ahead.unchanged
+    logger.info("earlier_tables_found", age="unknown; at least since this start")
 
 
 def _stop_on_signals(loop: Loop) -> None:
@@ -101,7 +163,7 @@ def _source(
     settings: Settings,
     put: Callable[[list[Event]], None],
     logger: FilteringBoundLogger,
-    recorder: Recorder,
+    served: _Served,
 ) -> Source:
     if places:
         from agent.sources.manifests.follower import Follower as Manifests
@@ -120,42 +182,60 @@ def _source(
         raise CannotRun(str(error)) from None
     chosen = settings.options()
     follower = Kubernetes(
-        connection, chosen.node, chosen.proxy_name, put, logger, requested=recorder.requested
+        connection,
+        chosen.node,
+        chosen.proxy_name,
+        put,
+        logger,
+        requested=served.reports.recorder.requested,
     )
-    recorder.follows(follower.status)
+    served.reports.recorder.watches_from(follower.status)
+    served.following.watches = follower.status
     return follower
 
 
 @contextmanager
-def _observed(settings: Settings, logger: FilteringBoundLogger) -> Iterator[Observers]:
+def _served(
+    settings: Settings,
+    logger: FilteringBoundLogger,
+    failed: Callable[[str, Exception], None],
+) -> Iterator[_Served]:
     """The health and metrics servers, while they run."""
+    following = _Following()
     heartbeat, hard = Heartbeat(settings.healthz_timeout), settings.bind_address_hard_fail
-    place = settings.metrics()
-    metrics = Metrics(__version__) if place else None
+    watches = WatchAges(following.ages, WATCH_TIMEOUT, logger)
+    heartbeat.silent_watches = watches.silent
+    bind = settings.metrics()
+    metrics = Metrics(__version__, heartbeat=heartbeat) if bind else None
     recorder = metrics or Recorder()
-    health = HealthServers(
-        heartbeat, logger, settings.healthz(), hard_fail=hard, answered=recorder.answered
+    healthz = settings.healthz()
+    health = HealthServer(
+        heartbeat,
+        logger,
+        failed,
+        TcpAddress(*healthz) if healthz else None,
+        hard_fail=hard,
+        answered=recorder.probe_answered,
+        each_tick=watches.report,
     )
-    servers: list[HealthServers | MetricsServer] = [health]
-    if metrics and place:
-        servers.append(MetricsServer(metrics, logger, place, hard_fail=hard))
-    try:
-        for server in servers:
-            server.start()
-    except OSError as error:
-        raise CannotRun(f"cannot serve health and metrics: {error}") from None
-    try:
-        yield Observers(recorder, heartbeat, health.update)
-    finally:
-        for server in servers:
-            server.stop()
+    servers: list[HealthServer | MetricsServer] = [health]
+    if metrics and bind:
+        servers.append(MetricsServer(metrics, logger, failed, TcpAddress(*bind), hard_fail=hard))
+    with ExitStack() as stack:
+        try:
+            for server in servers:
+                stack.callback(server.stop)
+                server.start()
+        except OSError as error:
+            raise CannotRun(f"cannot serve health and metrics: {error}") from None
+        yield _Served(Reports(recorder, heartbeat, health.update), following)
 
 
 def _set_oom_score(score: int, logger: FilteringBoundLogger) -> None:
     try:
         Path("/proc/self/oom_score_adj").write_text(str(score))
     except OSError as error:
-        logger.info("oom_score_adj stays as it is", wanted=score, error=str(error))
+        logger.info("oom_score_not_set", wanted=score, error=str(error))
 
 
 def _warn_of_kube_proxy(kernel: Kernel, logger: FilteringBoundLogger) -> None:
@@ -165,7 +245,7 @@ def _warn_of_kube_proxy(kernel: Kernel, logger: FilteringBoundLogger) -> None:
         found = [str(error)]
     if found:
         logger.warning(
-            "kube-proxy is or was on this node; once it is stopped, remove what it left",
+            "kube_proxy_found",
             found=found,
-            command="sliceproxy cleanup --kube-proxy",
+            advice="remove its rules after stopping kube-proxy: sliceproxy cleanup --kube-proxy",
         )

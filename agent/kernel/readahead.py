@@ -68,6 +68,7 @@ class ReadAhead(Worker):
         self._tables: dict[int, ReadBack] = {}
         self._seconds = 0.0
         self._ended = False
+        self._found = False
         self._watcher = Watcher(port, self._changed, lambda _, error: self._give_up(error))
 
     def start(self) -> None:
@@ -83,6 +84,7 @@ class ReadAhead(Worker):
                 for family in FAMILIES:
                     if table := read_now(kernel, family):
                         self._tables[family] = table
+            self._found = bool(self._tables)
         finally:
             self._seconds = time.perf_counter() - started
 
@@ -95,6 +97,12 @@ class ReadAhead(Worker):
     def _changed(self) -> None:
         self._stale.set()
         self._tables = {}
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether both tables have been read, there were any, and no other process has changed
+        them since."""
+        return self._found and not self._stale.is_set()
 
     def take(self, family: int) -> ReadBack | None:
         """What was read of a family, if that is still true, once. Where tables can be owned, they

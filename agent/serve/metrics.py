@@ -28,11 +28,23 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
-from agent.serve.health import NOT_FOUND, Answer, Log, Port, Request, Server, listen
+from agent.serve.health import Heartbeat
+from agent.serve.http import (
+    NOT_FOUND,
+    PLAIN_TEXT,
+    HttpAnswer,
+    HttpRequest,
+    HttpServer,
+    Listener,
+    Log,
+    TcpAddress,
+    listen,
+)
+from agent.worker import Failed
 from rules.events import Delete, Event, Upsert
 from rules.language import Set, Table
 from rules.objects import EndpointSlice, Name, Service
@@ -60,6 +72,23 @@ PROGRAMMING_BUCKETS = (
 )
 # ours begin lower: a change of one endpoint is programmed in well under a millisecond
 FINE_BUCKETS = tuple(0.0001 * 2**i for i in range(18))
+
+# as client-go has them
+REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+
+_MACHINE = platform.machine()
+BUILD_INFO = {
+    "major": "1",
+    "minor": "36",
+    "git_version": "v1.36.2",
+    "git_commit": "",
+    "git_tree_state": "",
+    "build_date": "",
+    "go_version": "",
+    "compiler": "",
+    "platform": "linux/" + {"x86_64": "amd64", "aarch64": "arm64"}.get(_MACHINE, _MACHINE),
+}
+"""The kube-proxy whose behaviour this agent has, for dashboards and alerts that join on it."""
 
 MAX_PENDING = 10_000
 """Of so many events the latency is measured, while the kernel takes nothing."""
@@ -96,7 +125,7 @@ class Recorder:
     the others by any.
     """
 
-    def told(self, events: Iterable[Event], at: float) -> None:
+    def received(self, events: Iterable[Event], at: float) -> None:
         """Events have come; `at` is when, by time.monotonic."""
 
     def programmed(
@@ -111,7 +140,7 @@ class Recorder:
         `kernel_seconds` the kernel's part. `elements` is given by a full sync: how many there are
         now."""
 
-    def has_rules(self, tables: Iterable[Table]) -> None:
+    def tables_changed(self, tables: Iterable[Table]) -> None:
         """The tables as they are now; told when one changes."""
 
     def failed(self) -> None:
@@ -120,21 +149,24 @@ class Recorder:
     def repaired(self) -> None:
         """Somebody else had changed the tables, and they are as they should be again."""
 
-    def lacks(self, counts: Mapping[tuple[int, str], int]) -> None:
+    def local_endpoints_missing(self, counts: Mapping[tuple[int, str], int]) -> None:
         """How many Service ports have policy Local, endpoints, but none here: by family and by
         traffic policy, "internal" or "external"."""
 
-    def forgot_flows(self, family: int, flows: int, seconds: float) -> None:
+    def flows_deleted(self, family: int, flows: int, seconds: float) -> None:
         """Connection tracking entries were deleted."""
 
-    def follows(self, watches: Callable[[], Iterable[Watch]]) -> None:
+    def watches_from(self, watches: Callable[[], Iterable[Watch]]) -> None:
         """There is a source; `watches` tells how it goes, and is asked at every scrape."""
 
-    def requested(self, method: str, code: int | str, host: str) -> None:
-        """A request to the API server was answered, or not: then `code` is <error>."""
+    def requested(
+        self, method: str, code: int | str, host: str, seconds: float | None = None
+    ) -> None:
+        """A request to the API server was answered, or not: then `code` is <error>. `seconds` is
+        the time until the answer's head arrived, if there was one."""
 
-    def answered(self, path: str, code: int) -> None:
-        """/healthz or /livez was answered."""
+    def probe_answered(self, path: str, code: int) -> None:
+        """/healthz, /livez or /readyz was answered."""
 
 
 class Connections(NamedTuple):
@@ -158,6 +190,7 @@ class Metrics(Recorder):
         self,
         version: str,
         *,
+        heartbeat: Heartbeat | None = None,
         connections: Callable[[], Iterable[Connections]] | None = None,
     ) -> None:
         from prometheus_client.metrics import disable_created_metrics
@@ -172,7 +205,8 @@ class Metrics(Recorder):
         self._services = self._endpoints = 0
         self._arrivals: list[float] = []
         self._triggers: list[tuple[int, float]] = []
-        self.now = _Now(connections)
+        self._heartbeat = heartbeat or Heartbeat()
+        self.now = _Now(connections, self._heartbeat)
         self._make_kube_proxys()
         self._make_ours(version)
         ProcessCollector(registry=self.registry)
@@ -219,13 +253,13 @@ class Metrics(Recorder):
                 "ip_family",
             )
         )
-        self._last_synced = _by_family(
-            self._gauge(
-                f"{sync}last_timestamp_seconds",
-                "The last time proxy rules were successfully synced",
-                "ip_family",
-            )
+        last = self._gauge(
+            f"{sync}last_timestamp_seconds",
+            "The last time proxy rules were successfully synced",
+            "ip_family",
         )
+        for child in _by_family(last).values():
+            child.set_function(lambda: self._heartbeat.synced_at() or 0.0)
         self._last_queued = _by_family(
             self._gauge(
                 f"{sync}last_queued_timestamp_seconds",
@@ -288,6 +322,20 @@ class Metrics(Recorder):
             "method",
             "host",
         )
+        self._request_time = self._histogram(
+            "rest_client_request_duration_seconds",
+            "Request latency in seconds. Broken down by verb, and host.",
+            REQUEST_BUCKETS,
+            "verb",
+            "host",
+        )
+        self._gauge(
+            "kubernetes_build_info",
+            "A metric with a constant '1' value labeled by major, minor, git version, git commit,"
+            " git tree state, build date, Go version, and compiler from which Kubernetes was built,"
+            " and platform on which it is running.",
+            *BUILD_INFO,
+        ).labels(**BUILD_INFO).set(1)
 
     def _make_ours(self, version: str) -> None:
         self._operations = self._counter(
@@ -326,7 +374,7 @@ class Metrics(Recorder):
 
     # what the loop tells
 
-    def told(self, events: Iterable[Event], at: float) -> None:
+    def received(self, events: Iterable[Event], at: float) -> None:
         """See Recorder."""
         services = endpoints = 0
         for event in events:
@@ -403,8 +451,6 @@ class Metrics(Recorder):
         if not self._started:
             self._started = True
             self._start.set(_age_of_process())
-        for gauge in self._last_synced.values():
-            gauge.set(now)
         for at in self._arrivals:
             self._latency.observe(monotonic - at)
         for family, happened in self._triggers:
@@ -415,7 +461,7 @@ class Metrics(Recorder):
         self._services_pending.set(0)
         self._endpoints_pending.set(0)
 
-    def has_rules(self, tables: Iterable[Table]) -> None:
+    def tables_changed(self, tables: Iterable[Table]) -> None:
         """See Recorder."""
         self.now.rules = {t.family: t.rule_count for t in tables}
 
@@ -428,29 +474,34 @@ class Metrics(Recorder):
         """See Recorder."""
         self._repairs.inc()
 
-    def lacks(self, counts: Mapping[tuple[int, str], int]) -> None:
+    def local_endpoints_missing(self, counts: Mapping[tuple[int, str], int]) -> None:
         """See Recorder."""
         for family, policy in itertools.product(IP_FAMILY, ("internal", "external")):
             self._no_local.labels(IP_FAMILY[family], policy).set(counts.get((family, policy), 0))
 
     # what others tell
 
-    def forgot_flows(self, family: int, flows: int, seconds: float) -> None:
+    def flows_deleted(self, family: int, flows: int, seconds: float) -> None:
         """See Recorder."""
         self._flows[family].inc(flows)
         self._flow_time[family].observe(seconds)
 
-    def follows(self, watches: Callable[[], Iterable[Watch]]) -> None:
+    def watches_from(self, watches: Callable[[], Iterable[Watch]]) -> None:
         """See Recorder."""
         self.now.watches = watches
 
-    def requested(self, method: str, code: int | str, host: str) -> None:
+    def requested(
+        self, method: str, code: int | str, host: str, seconds: float | None = None
+    ) -> None:
         """See Recorder."""
         self._requests.labels(str(code), method, host).inc()
+        if seconds is not None:
+            self._request_time.labels(method, host).observe(seconds)
 
-    def answered(self, path: str, code: int) -> None:
+    def probe_answered(self, path: str, code: int) -> None:
         """See Recorder."""
-        self._asked[path].labels(str(code)).inc()
+        if path in self._asked:  # kube-proxy has no /readyz, and no metric of it
+            self._asked[path].labels(str(code)).inc()
 
     # what is asked
 
@@ -465,11 +516,16 @@ class _Now:
     """What is looked up when somebody asks. Values are replaced or set as a whole by one thread
     and copied by the other, so that no lock is needed."""
 
-    def __init__(self, connections: Callable[[], Iterable[Connections]] | None) -> None:
+    def __init__(
+        self,
+        connections: Callable[[], Iterable[Connections]] | None,
+        heartbeat: Heartbeat,
+    ) -> None:
         self.elements: dict[Set, int] = {}
         self.rules: dict[int, int] = {}
         self.watches: Callable[[], Iterable[Watch]] | None = None
         self._connections = connections
+        self._heartbeat = heartbeat
 
     def collect(self) -> Iterator[Metric]:
         """The metrics, as prometheus_client wants them."""
@@ -487,13 +543,17 @@ class _Now:
         for family, count in self.rules.copy().items():
             rules.add_metric([IP_FAMILY[family]], count)
         yield rules
+        health = self._heartbeat.health()
+        yield GaugeMetricFamily(
+            "sliceproxy_ready", "Whether /readyz answers 200", value=not health.not_ready
+        )
         if self.watches is not None:
-            yield from _watch_metrics(self.watches())
+            yield from _watch_metrics(self.watches(), health.silent_watches)
         if self._connections is not None:
             yield from _connection_metrics(self._connections())
 
 
-def _watch_metrics(watches: Iterable[Watch]) -> Iterator[Metric]:
+def _watch_metrics(watches: Iterable[Watch], silent: Collection[str]) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     states = GaugeMetricFamily(
@@ -504,6 +564,11 @@ def _watch_metrics(watches: Iterable[Watch]) -> Iterator[Metric]:
     ages = GaugeMetricFamily(
         "sliceproxy_watch_last_message_age_seconds",
         "Time since the API server last sent something for a resource",
+        labels=["resource"],
+    )
+    silence = GaugeMetricFamily(
+        "sliceproxy_watch_silent",
+        "Whether a resource has had no valid answer for longer than the limit",
         labels=["resource"],
     )
     relists, errors = (
@@ -519,9 +584,10 @@ def _watch_metrics(watches: Iterable[Watch]) -> Iterator[Metric]:
             states.add_metric([watch.resource, state], state == watch.state)
         if watch.last_message is not None:
             ages.add_metric([watch.resource], now - watch.last_message)
+        silence.add_metric([watch.resource], watch.resource in silent)
         relists.add_metric([watch.resource], watch.relists)
         errors.add_metric([watch.resource], watch.errors)
-    yield from (states, ages, relists, errors)
+    yield from (states, ages, silence, relists, errors)
 
 
 def _connection_metrics(found: Iterable[Connections]) -> Iterator[Metric]:
@@ -582,24 +648,35 @@ def _age_of_process() -> float:
 # --- the server ---------------------------------------------------------------------------------
 
 _TEXT = (("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),)
+_KEEP_SECONDS = 0.25
+"""A flood of scrapes is answered from one text for so long: making it takes milliseconds in which
+the loop cannot run."""
 
 
 class MetricsServer:
-    """/metrics at `place` (host and port), in a thread of its own, so that no load balancer waits
-    for a scrape. With `hard_fail` a place that cannot be opened is an OSError of `start`."""
+    """/metrics and /proxyMode at `address`, in a thread of its own, so that no load balancer waits
+    for a scrape. With `hard_fail` an address that cannot be opened is an OSError of `start`."""
 
     def __init__(
-        self, metrics: Metrics, log: Log, place: tuple[str, int], *, hard_fail: bool = False
+        self,
+        metrics: Metrics,
+        log: Log,
+        failed: Failed,
+        address: TcpAddress,
+        *,
+        hard_fail: bool = False,
     ) -> None:
         self._metrics = metrics
-        self._port = Port(*place, "/metrics", self._respond)
+        self._listener = Listener(address, "metrics", self._respond)
         self._hard_fail = hard_fail
-        self._server = Server("metrics", log)
+        self._server = HttpServer("metrics", log, failed)
+        self._text = b""
+        self._made_at = float("-inf")
 
     def start(self) -> None:
         """Starts to answer. Raises OSError if `hard_fail`."""
-        opened = listen(self._port.host, self._port.number) if self._hard_fail else None
-        self._server.serve(self._port, opened)
+        opened = listen(self._listener.address) if self._hard_fail else None
+        self._server.serve(self._listener, opened)
         self._server.start()
 
     def stop(self) -> None:
@@ -610,7 +687,12 @@ class MetricsServer:
         """Waits until the port has been tried. For tests."""
         return self._server.settle()
 
-    def _respond(self, request: Request) -> Answer:
-        if request.path != "/metrics":
-            return NOT_FOUND
-        return Answer(200, _TEXT, self._metrics.text())
+    def _respond(self, request: HttpRequest) -> HttpAnswer:
+        match request.path:
+            case "/metrics":
+                if time.monotonic() - self._made_at >= _KEEP_SECONDS:
+                    self._text, self._made_at = self._metrics.text(), time.monotonic()
+                return HttpAnswer(200, _TEXT, self._text)
+            case "/proxyMode":  # asked by an end-to-end test of Kubernetes, and by people
+                return HttpAnswer(200, PLAIN_TEXT, b"nftables")
+        return NOT_FOUND

@@ -235,7 +235,7 @@ def owner_and_waiting(world: World, place: Path) -> Iterator[tuple[Agent, Agent]
         skip_unless_owned(one)
         one.wait("programmed")
         with Agent(world, place) as two:
-            two.wait("waiting for the tables' owner to go")
+            two.wait("waiting_for_owner")
             yield one, two
 
 
@@ -326,7 +326,7 @@ def test_sticky_clients_of_an_endpoint_that_went_meanwhile_are_forgotten(
         agent.kill()
         write(place, *documents(2, sessionAffinity="ClientIP"))
         first = agent.restart()
-        agent.wait("sticky clients forgotten", since=first, clients=1)
+        agent.wait("sticky_clients_forgotten", since=first, clients=1)
         assert world.ask("pod-3", VIP, PORT).server == "pod-2"
     with world.run("node", lambda: Kernel(own=False)) as kernel:
         values = set(kernel.elements(SETS[4].affinity).values())
@@ -380,7 +380,7 @@ def test_a_map_that_is_full_is_made_anew_with_more_room(world: World, place: Pat
             first = len(agent.lines)
             write(place, *documents(1, 2), *one, *two)
             line = agent.wait("programmed", since=first)
-        assert agent.wait("a map is full; its table is made anew")["map"].endswith("endpoints")
+        assert agent.wait("map_full")["map"].endswith("endpoints")
         assert line["tables_changed"] == 2
         assert room() == 15_003
         assert set(connections.outcomes) == {"answered"}

@@ -168,7 +168,8 @@ START = LIGHTLY + (
     "import agent.run; from agent.config.file import merged; "
     "settings = merged(None, {}); log = agent.run.log.configure(); "
     "metrics = agent.run.Metrics(agent.run.__version__); "
-    "agent.run._source((), settings, print, log, metrics); "
+    "served = agent.run._Served(agent.run.Reports(metrics), agent.run._Following()); "
+    "agent.run._source((), settings, print, log, served); "
     "log.info('started'); print(*sys.modules)"
 )
 """What `run` does until it sends its first request, but for the kernel."""
