@@ -49,7 +49,7 @@ class Source(Protocol):
     def start(self) -> None:
         """Begins."""
 
-    def stop(self) -> None:
+    def stop(self) -> object:
         """Ends, and returns when it has."""
 
 
@@ -107,7 +107,7 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         )
         queued.append(loop.put)
         _stop_on_signals(loop)
-        source = _source(places, settings, loop.put, logger, served)
+        source = _source(places, settings, loop.put, logger, served, failed=failed)
         network = addresses.AddressFollower(loop.put, failed)
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         if ahead:
@@ -164,13 +164,14 @@ def _source(
     put: Callable[[list[Event]], None],
     logger: FilteringBoundLogger,
     served: _Served,
+    *,
+    failed: Callable[[str, Exception], None],
 ) -> Source:
     if places:
-        from agent.sources.manifests.follower import Follower as Manifests
-        from agent.sources.manifests.follower import ManifestError
+        from agent.sources.manifests.follower import ManifestError, ManifestFollower
 
         try:
-            return Manifests(places, put, logger)
+            return ManifestFollower(places, put, logger, failed)
         except ManifestError as error:
             raise CannotRun(str(error)) from None
     from agent.sources.kubernetes.follower import ConnectError, connect

@@ -10,9 +10,11 @@ text is decoded a second time without what is nested too deeply; no declared fie
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -296,8 +298,8 @@ def _subject(kind: str, data: bytes | msgspec.Raw) -> str:
 def decode_any(data: bytes) -> Iterator[Object | InvalidObject]:
     """The objects of one JSON document: a single object, a `List`, or a list answer of the API.
 
-    Objects of kinds that this program does not use are skipped. What cannot be used is an
-    InvalidObject in its place, so that one bad object does not hide the others.
+    Objects of kinds that this program does not use are skipped. An unusable object, also one whose
+    kind looks misspelt, is an InvalidObject in its place, so that it does not hide the others.
     """
     try:
         document = decode_json(_list_decoder, data)
@@ -331,6 +333,16 @@ def _decode_known(
             yield decode(kind, data)
         except InvalidObject as error:
             yield error
+    elif (meant := _meant(kind)) and _is_of_group(version, _GROUPS[meant]):
+        yield InvalidObject(_subject(kind, data), f"unknown kind; did you mean {meant}?")
+
+
+@lru_cache(256)
+def _meant(kind: str) -> str | None:
+    """The kind of which another one is perhaps a misspelling."""
+    folded = {known.casefold(): known for known in KINDS if known != kind}
+    near = difflib.get_close_matches(kind[:64].casefold(), folded, 1, cutoff=0.85)
+    return folded[near[0]] if near else None
 
 
 def _is_of_group(version: str | None, group: str) -> bool:

@@ -276,7 +276,7 @@ def test_damage_between_a_start_and_the_first_lists_is_repaired(
         before = listing(world)
         place.write_text("{ not json")
         first = agent.restart()
-        agent.wait("nothing is programmed until every manifest has been read once", since=first)
+        agent.wait("manifests_incomplete", since=first)
         assert listing(world) == before
         assert nft(world, "flush map ip sliceproxy endpoints").returncode == 0
         assert not answers(world)
@@ -338,11 +338,11 @@ def test_a_broken_manifest_changes_nothing_on_the_node(world: World, place: Path
         agent.wait("programmed")
         first = len(agent.lines)
         place.write_text("{ not json")
-        agent.wait("manifest not in order", since=first)
+        agent.wait("manifest_invalid", since=first)
         assert answers(world)
         agent.kill()
         first = agent.restart()
-        agent.wait("nothing is programmed until every manifest has been read once", since=first)
+        agent.wait("manifests_incomplete", since=first)
         assert answers(world)
         write(place, *documents(1, 2))
         agent.wait("verified", since=first)

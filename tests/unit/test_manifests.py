@@ -14,6 +14,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import inotify_simple
@@ -27,7 +28,8 @@ from structlog.testing import LogCapture
 
 from agent.sources.manifests import documents, watching
 from agent.sources.manifests import follower as manifests
-from agent.sources.manifests.follower import Content, Follower, ManifestError, read
+from agent.sources.manifests.follower import Content, ManifestError, ManifestFollower, read
+from agent.sources.manifests.paths import resolve
 from rules.events import Delete, Event, Synced, Upsert
 from rules.objects import EndpointSlice, Name, Node, Object, Service, ServiceCIDR
 
@@ -167,7 +169,10 @@ def test_a_large_json_list_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["nothing-here", "nothing-here/a.yaml", "nul\0byte"])
 def test_a_place_that_is_not_there_is_an_error_of_its_own(tmp_path: Path, place: str) -> None:
     path = str(tmp_path / place)
-    for use in (read, lambda places: Follower(places, print, structlog.get_logger())):
+    for use in (
+        read,
+        partial(ManifestFollower, put=print, log=None, failed=print),
+    ):
         with pytest.raises(ManifestError) as raised:
             use([str(tmp_path), path])  # type: ignore[operator]
         assert path in str(raised.value)
@@ -192,7 +197,7 @@ def test_a_pipe_is_read_once_and_not_followed(tmp_path: Path) -> None:
     assert names(read([str(fifo)])) == ["web/a"]
     writer.join()
     with pytest.raises(ManifestError, match="cannot be followed"):
-        Follower([str(fifo)], print, structlog.get_logger())
+        ManifestFollower([str(fifo)], print, structlog.get_logger(), print)
     # among the files of a directory it must not block
     assert only_problem(read([str(tmp_path)])) == (str(fifo), "", "is not a regular file", False)
 
@@ -368,9 +373,9 @@ def test_the_later_of_two_files_wins(tmp_path: Path) -> None:
     assert isinstance(winner, Service)
     assert winner.cluster_ips == (bytes([10, 0, 0, 4]),)
     assert [(p.path, p.reason, p.warning) for p in content.problems] == [
-        (str(first / "1.yaml"), f"is also in {first / '2.yaml'}, which counts", True),
-        (str(second / "1.yaml"), "is there more than once; the last one counts", True),
-        (str(first / "2.yaml"), f"is also in {second / '1.yaml'}, which counts", True),
+        (str(first / "1.yaml"), f"is also defined in {first / '2.yaml'}, which is used", True),
+        (str(second / "1.yaml"), "is defined more than once; the last definition is used", True),
+        (str(first / "2.yaml"), f"is also defined in {second / '1.yaml'}, which is used", True),
     ]
 
 
@@ -384,7 +389,13 @@ class Following:
         self.lists: queue.Queue[list[Event]] = queue.Queue()
         self.capture = LogCapture()
         log = structlog.wrap_logger(None, processors=[self.capture])
-        self.follower = Follower([str(place) for place in places], self.lists.put, log)
+        self.failures: list[tuple[str, Exception]] = []
+        self.follower = ManifestFollower(
+            [str(place) for place in places],
+            self.lists.put,
+            log,
+            lambda *failure: self.failures.append(failure),
+        )
 
     def next(self) -> list[Event]:
         return self.lists.get(timeout=TIMEOUT)
@@ -409,7 +420,8 @@ def follow() -> Iterator[Callable[..., Following]]:
     yield start
     for following in started:
         following.follower.stop()
-        assert not following.follower.is_alive()
+        assert not following.follower.alive
+        assert following.failures == []
 
 
 def told(events: list[Event]) -> list[str]:
@@ -453,7 +465,71 @@ def test_everything_comes_at_once_and_then_what_changes(
 
 def test_no_places_are_synced_too(tmp_path: Path, follow: Callable[..., Following]) -> None:
     assert follow().next() == [Synced()]
-    assert follow(tmp_path).next() == [Synced()]
+
+
+def test_a_directory_without_manifests_holds_back_synced(
+    tmp_path: Path, follow: Callable[..., Following]
+) -> None:
+    """An agent that restarts beside a volume that is not mounted must not delete every Service."""
+    place, other = tmp_path / "place", tmp_path / "other.yaml"
+    place.mkdir()
+    (place / "notes.txt").write_text("not a manifest")
+    write(other, service("o"))
+    assert only_problem(read([str(place)])).whole
+    following = follow(place, other)
+    assert told(following.next()) == ["+o=1"]
+    write(place / "a.yaml", service("a"))
+    assert told(following.next()) == ["+a=1", "Synced"]
+    assert following.said("error") == [
+        f"{place}  contains no manifest (.yaml, .yml or .json); where no objects are meant, add"
+        ' a file with "kind: List"'
+    ]
+
+
+def test_an_emptied_directory_keeps_its_objects_and_says_so(
+    tmp_path: Path, follow: Callable[..., Following]
+) -> None:
+    """As an emptied ConfigMap and an unmounted volume look; a `List` without items empties it."""
+    place, marker = tmp_path / "place", tmp_path / "marker.yaml"
+    (place / "..1").mkdir(parents=True)
+    (place / "..2").mkdir()
+    (place / "..3").mkdir()
+    write(place / "..1" / "a.yaml", service("a"), service("b"))
+    (place / "..data").symlink_to("..1")
+    write(marker, service("m"))
+    following = follow(place, marker)
+    assert told(following.next()) == ["+a=1", "+b=1", "+m=1", "Synced"]
+    (place / "..new").symlink_to("..2")
+    (place / "..new").rename(place / "..data")
+    write(marker, service("m", "10.96.0.2"))
+    assert told(following.next()) == ["+m=2"]
+    (error,) = following.said("error")
+    assert error.startswith(f"{place}  contains no manifest")
+    assert error.endswith("; its last valid content stays in use")
+    write(place / "..3" / "none.yaml", {"kind": "List", "items": []})
+    (place / "..new").symlink_to("..3")
+    (place / "..new").rename(place / "..data")
+    assert told(following.next()) == ["-a", "-b"]
+
+
+@pytest.mark.parametrize("kind", ["Servce", "service", "Endpointslice", "EndpointSlices"])
+def test_a_misspelt_kind_is_a_problem(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "a.yaml", {"kind": kind, "metadata": {"name": "a"}}, service("b"))
+    content = read([str(tmp_path)])
+    assert names(content) == ["web/b"]
+    problem = only_problem(content)
+    assert problem.subject == f"{kind} default/a"
+    assert problem.reason.startswith("unknown kind; did you mean ")
+
+
+def test_other_kinds_are_no_problem(tmp_path: Path) -> None:
+    """Directories of manifests hold more than Services, also kinds with names like ours."""
+    kinds = ("ServiceAccount", "Deployment", "ConfigMap", "Pod", "Endpoints", "ServiceMonitor")
+    cilium = {"kind": "CiliumEndpointSlice", "apiVersion": "cilium.io/v2alpha1"}
+    knative = {"kind": "Service", "apiVersion": "serving.knative.dev/v1"}
+    others = [*({"kind": kind} for kind in kinds), cilium, knative]
+    write(tmp_path / "a.yaml", *({**other, "metadata": {"name": "x"}} for other in others))
+    assert read([str(tmp_path)]) == Content([], [])
 
 
 def test_a_change_without_a_difference_is_silent(
@@ -603,7 +679,7 @@ def test_a_directory_that_goes_keeps_its_files_until_it_is_back(
     write(tmp_path / "gone" / "a.yaml", service("not-ours"))
     write(marker, service("m", "10.96.0.2"))
     assert told(following.next()) == ["+m=2"]
-    reason = "No such file or directory; what it held before stays in use"
+    reason = "No such file or directory; its last valid content stays in use"
     assert following.said("error") == [f"{place}  {reason}", f"{place / 'a.yaml'}  {reason}"]
     (tmp_path / "gone").rename(place)
     assert told(following.next()) == ["+not-ours=1", "-a", "-b"]
@@ -634,7 +710,7 @@ def test_a_file_that_cannot_be_parsed_keeps_what_it_held(
         "is not JSON: Input data was truncated, document of line 1",
         "is empty",
     ]
-    assert all("what it held before stays in use" in line for line in errors)
+    assert all("its last valid content stays in use" in line for line in errors)
     write(path, service("b"))
     assert told(following.next()) == ["-a"]
     path.write_text("kind: {")
@@ -654,7 +730,7 @@ def test_an_object_that_cannot_be_used_keeps_its_last_good_form(
     assert told(following.next()) == ["+b=3"]
     (error,) = following.said("error")
     assert error.startswith(f"{path} Service web/a Expected `array | null`, got `str`")
-    assert error.endswith("its last good form stays in use")
+    assert error.endswith("its last valid form stays in use")
     write(path, service("b", "10.96.0.3"))
     assert told(following.next()) == ["-a"]
     write(path, BAD, service("b", "10.96.0.4"))
@@ -696,7 +772,7 @@ def test_an_object_in_two_files(tmp_path: Path, follow: Callable[..., Following]
     assert told(following.next())[-1] == "+a=3"
     write(second, service("a", "10.96.0.4"))
     assert told(following.next()) == ["+a=4"]
-    warning = f"{first} Service web/a is also in {second}, which counts"
+    warning = f"{first} Service web/a is also defined in {second}, which is used"
     assert following.said("warning") == [warning, warning]
     assert following.said("error") == []
 
@@ -724,7 +800,7 @@ def test_stop_does_not_wait_for_standard_input(
         monkeypatch.setattr("sys.stdin", stdin)
         following = follow("-")
         following.follower.stop()
-        assert not following.follower.is_alive()
+        assert not following.follower.alive
         assert following.lists.empty()
 
 
@@ -748,7 +824,7 @@ def test_a_queue_of_inotify_that_overflows_makes_everything_be_read(tmp_path: Pa
         go_on.wait(TIMEOUT)
 
     log = structlog.wrap_logger(None, processors=[LogCapture()])
-    follower = Follower([str(tmp_path)], put, log)
+    follower = ManifestFollower([str(tmp_path)], put, log, print)
     follower.start()
     try:
         assert told_first.wait(TIMEOUT)
@@ -795,16 +871,52 @@ def test_files_are_looked_at_where_inotify_cannot_be_had(
     assert len(following.said("warning")) == 1
 
 
-def test_a_thread_that_fails_says_so(tmp_path: Path) -> None:
+def test_a_change_between_two_looks_is_not_lost(tmp_path: Path) -> None:
+    """A file that changes while another one, found changed before, is about to be read."""
+    (given,) = resolve([str(tmp_path)])
+    first = write(tmp_path / "a.yaml", service("a"))
+    second = write(tmp_path / "b.yaml", service("b"))
+    wake = os.eventfd(0, os.EFD_CLOEXEC)
+    watch = watching.PollingWatch(wake)
+    watch.follow([given])
+    write(first, service("a", "10.96.0.2"))
+    assert str(first) in (watch.wait() or ())
+    write(second, service("b", "10.96.0.2"))
+    watch.follow([given])
+    assert str(second) in (watch.wait() or ())
+    os.close(wake)
+
+
+def test_a_file_written_twice_within_a_tick_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second write leaves size, times and inode as they were when the file was read."""
+    (given,) = resolve([str(tmp_path)])
+    path = write(tmp_path / "a.yaml", service("a"))
+    clock = [path.stat().st_ctime + 0.001]
+    monkeypatch.setattr(watching.time, "time", lambda: clock[0])
+    wake = os.eventfd(0, os.EFD_CLOEXEC)
+    watch = watching.PollingWatch(wake)
+    watch.follow([given])
+    clock[0] += watching.RACY_SECONDS
+    assert watch.wait() == {str(path)}
+    os.eventfd_write(wake, 1)
+    assert watch.wait() == set()
+    os.close(wake)
+
+
+def test_a_thread_that_fails_is_reported(tmp_path: Path) -> None:
     def put(events: list[Event]) -> None:
         raise RuntimeError("no loop")
 
-    capture = LogCapture()
-    follower = Follower([str(tmp_path)], put, structlog.wrap_logger(None, processors=[capture]))
+    write(tmp_path / "a.yaml", service("a"))
+    failures: queue.Queue[tuple[str, Exception]] = queue.Queue()
+    log = structlog.wrap_logger(None, processors=[LogCapture()])
+    follower = ManifestFollower([str(tmp_path)], put, log, lambda *why: failures.put(why))
     follower.start()
-    follower.join(TIMEOUT)
-    follower.stop()
-    assert "no longer followed" in capture.entries[0]["event"]
+    name, error = failures.get(timeout=TIMEOUT)
+    assert (name, str(error)) == ("manifests", "no loop")
+    assert follower.stop()
 
 
 def test_encoding_of_yaml_values_is_what_the_decoder_reads() -> None:

@@ -1,4 +1,4 @@
-"""Documents: from the bytes of a file to objects.
+"""From the bytes of a file to objects.
 
 A file holds YAML documents or JSON documents: single objects, a `List`, or what the API answers
 (`kubectl get --raw`). Its first byte tells JSON from YAML, not its name. JSON goes to the decoder

@@ -1,20 +1,22 @@
 """Services, EndpointSlices, Nodes and ServiceCIDRs from files, read once or followed.
 
-A *place* is a file, a directory (its `*.yaml`, `*.yml` and `*.json`, sorted, not those below it,
-not hidden ones) or `-`, standard input. A *file* holds YAML documents or JSON documents: single
-objects, a `List`, or what the API answers (`kubectl get --raw`). Its first byte tells JSON from
-YAML, not its name. JSON goes to the decoder as it is and is the fast way (some 75 MB a second);
-YAML is built as Python objects first (some 5 MB a second), so less of it is taken.
+A file holds YAML documents or JSON documents: single objects, a `List`, or an answer of the API
+(`kubectl get --raw`). Its first byte decides between JSON and YAML, not its name.
 
-What is known is kept until something better is there, for half a cluster looks like deletions:
+What is known is kept until something better is there, because half a cluster looks like deletions:
 
-- A file that cannot be parsed, or a link that leads nowhere, keeps what it held when it last
-  could be read.
-- An object that cannot be used keeps its last good form from that file. Where it is so broken that
-  nobody can tell which object it is, it may be any of its kind that the file held before: those
-  that are missing now stay until the file is in order.
-- A directory that vanishes keeps its files. A file that vanishes from a directory that is there,
-  and an object that vanishes from a file in order, are gone.
+- A file that cannot be parsed, or a link that leads nowhere, keeps the objects that it held when it
+  could last be read.
+- An object that cannot be used keeps its last valid form from that file. If it is so broken that it
+  has no name, it may be any of its kind that the file held before: those that are missing now stay
+  until the file is valid.
+- A directory that vanishes keeps its files, and so does one without manifests, for that is what an
+  unmounted volume, an emptied ConfigMap and a synchronization that failed look like. An operator
+  who wants no objects leaves a file with `kind: List`.
+- A file that vanishes from a directory that has others, and an object that vanishes from a valid
+  file, are deleted.
+- The same object in two files is the later one's, in the order of the paths given and then of the
+  names. If that one is removed, the other one's is used again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import os
 import select
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -31,28 +32,32 @@ from typing import NamedTuple
 from structlog.typing import FilteringBoundLogger
 
 from agent.sources.manifests.documents import Unusable, objects_of
-from agent.sources.manifests.places import (
+from agent.sources.manifests.paths import (
     STDIN,
     ManifestError,
-    Place,
+    ManifestPath,
     not_readable,
     os_reason,
     resolve,
 )
-from agent.sources.manifests.watching import Inotify, Polling, Stale, Watch
+from agent.sources.manifests.watching import Changes, ChangeWatch, InotifyWatch, PollingWatch
+from agent.worker import Failed, Worker
 from rules.decode import KINDS
 from rules.events import Delete, Event, Synced, Upsert
 from rules.objects import InvalidObject, Name, Object
 
 MAX_FILE_BYTES = 512 * 2**20
+MAX_LOGGED = 100
+"""So many problems found at once are logged one by one."""
+MAX_REASON = 500
 
-__all__ = ["Content", "Follower", "ManifestError", "Problem", "read"]
+__all__ = ["Content", "ManifestError", "ManifestFollower", "Problem", "read"]
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file, or with one object of it if `subject` is not empty.
+    """A problem of a file or directory, or of one object in a file if `subject` is not empty.
 
-    `warning` is true where nothing is lost but somebody should know.
+    `warning` is true if every object counts all the same.
     """
 
     path: str
@@ -65,172 +70,165 @@ class Problem(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether nothing of the file could be used."""
+        """Whether none of its objects is known: they may exist, but look deleted."""
         return not self.subject and not self.warning
 
 
 class Content(NamedTuple):
-    """What some places hold: each object once, and what was wrong."""
+    """The objects of some paths, each once, and the problems."""
 
     objects: list[Object]
     problems: list[Problem]
 
 
-def read(places: Sequence[str]) -> Content:
-    """What `places` hold now.
+def read(texts: Sequence[str]) -> Content:
+    """The content of these paths now.
 
-    Files that cannot be parsed, and unreadable files in directories, are among the problems.
-    Raises ManifestError for a place that is not there or cannot be read.
+    Files that cannot be parsed, unreadable files in directories, and directories without manifests
+    are among the problems. Raises ManifestError for a path that does not exist or cannot be read.
     """
     files: dict[str, _File] = {}
-    for place in resolve(places):
-        if place.kind == "stream":
-            files[place.path] = _load(place.path, partial(_stream, place.path), {})
+    for path in resolve(texts):
+        if path.kind == "stream":
+            files[path.path] = _load(path.path, partial(_stream, path.path), {})
             continue
         try:
-            paths = place.files()
+            found = path.files()
         except OSError as error:
-            raise not_readable(place.path, error) from None
-        files.update((path, _load(path, partial(_bytes, path), {})) for path in paths)
+            raise not_readable(path.path, error) from None
+        if not found:
+            files[path.path] = _File({}, [_empty(path, kept=False)])
+        files.update((file, _load(file, partial(_bytes, file), {})) for file in found)
     objects, problems = _merge(files.items())
     return Content(list(objects.values()), problems)
 
 
-class Follower(threading.Thread):
-    """Tells a loop what some places hold, and from then on what changes there.
+class ManifestFollower(Worker):
+    """Gives a loop the objects of some paths, and from then on the changes.
 
     `put` is called in this thread: first with one list of all Upserts and a Synced (which waits
-    for files that cannot be parsed to be in order), then with a list for every change that made a
-    difference, its Upserts before its Deletes. What is wrong
-    with the files is logged, each thing once for as long as it lasts. Standard input is read to
-    its end before anything is told, and not followed.
+    until every file could be parsed once), then with a list for every change that made a
+    difference, its Upserts before its Deletes. Each problem is logged once for as long as it lasts.
+    Standard input is read to its end before the first list, and not followed.
 
-    Raises ManifestError, at once, for a place that is not there or cannot be read.
+    Raises ManifestError, at once, for a path that does not exist or cannot be read.
     """
 
     def __init__(
         self,
-        places: Sequence[str],
+        texts: Sequence[str],
         put: Callable[[list[Event]], None],
         log: FilteringBoundLogger,
+        failed: Failed,
     ) -> None:
-        super().__init__(name="manifests", daemon=True)
-        self._places = resolve(places)
-        for place in self._places:
-            if place.kind == "stream" and place.path != STDIN:
+        self._paths = resolve(texts)
+        for path in self._paths:
+            if path.kind == "stream" and path.path != STDIN:
                 raise ManifestError(
-                    f"{place.path}: is not a regular file, so it cannot be followed; pipe it into "
+                    f"{path.path}: is not a regular file, so it cannot be followed; pipe it into "
                     f"standard input and give {STDIN}"
                 )
+        super().__init__("manifests", failed)
         self._put = put
         self._log = log
-        self._files: dict[str, dict[str, _File]] = {place.path: {} for place in self._places}
-        self._told: dict[_Key, Object] = {}
+        self._files: dict[str, dict[str, _File]] = {path.path: {} for path in self._paths}
+        self._reported: dict[_Key, Object] = {}
         self._complaints: set[Problem] = set()
-        self._stopping = threading.Event()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self._watch: Watch = Polling(self._wake)
+        self._watch: ChangeWatch = PollingWatch(self.wake_fd)
 
-    def stop(self) -> None:
-        """End the thread and wait for it: at most as long as reading one file takes."""
-        if self._wake < 0:
-            return
-        self._stopping.set()
-        os.eventfd_write(self._wake, 1)
-        if self.is_alive():
-            self.join()
-        os.close(self._wake)
-        self._wake = -1
-
-    def run(self) -> None:
-        """The thread's work; use `start`."""
+    def work(self) -> None:
+        """See Worker."""
         try:
             self._watch = self._best_watch()
             self._read_streams()
             self._follow()
-        except Exception:
-            # nobody else would notice that the thread is gone
-            self._log.exception("manifests are no longer followed; restart to follow them again")
         finally:
             self._watch.close()
 
     def _follow(self) -> None:
-        stale: Stale = None
+        changes: Changes = None
         synced = False
-        while not self._stopping.is_set():
-            events = self._news(self._refresh(stale))
-            if self._stopping.is_set():
+        while not self.stopping:
+            events = self._news(self._refresh(changes))
+            if self.stopping:
                 return
             if not synced and self._complete():
                 events.append(Synced())
                 synced = True
             if events:
                 self._put(events)
-            stale = self._watch.wait()
+            changes = self._watch.wait()
 
     def _complete(self) -> bool:
-        """Whether every file could be parsed as a whole.
+        """Whether everything could be read once.
 
-        Until that has been so once, an agent that starts again must not take what it cannot see
-        for deleted.
+        Until then an agent that starts must not take objects that it cannot see for deleted.
         """
-        broken = [p for p in self._complaints if p.whole]
+        broken = sorted(p.path for p in self._complaints if p.whole)
         if broken:
             self._log.warning(
-                "nothing is programmed until every manifest has been read once",
-                paths=sorted(p.path for p in broken),
+                "manifests_incomplete",
+                paths=broken[:MAX_LOGGED],
+                more=len(broken[MAX_LOGGED:]),
+                consequence="nothing is programmed until every manifest has been read once",
             )
         return not broken
 
-    def _best_watch(self) -> Watch:
+    def _best_watch(self) -> ChangeWatch:
         try:
-            return Inotify(self._wake)
+            return InotifyWatch(self.wake_fd)
         except OSError as error:
             return self._fall_back(error)
 
-    def _fall_back(self, error: OSError) -> Watch:
+    def _fall_back(self, error: OSError) -> ChangeWatch:
         self._log.warning(
-            "inotify cannot be had; manifests are looked at once a second instead. If a limit is "
-            "the reason, raise fs.inotify.max_user_instances or fs.inotify.max_user_watches",
-            reason=os_reason(error),
+            "inotify_unavailable",
+            error=os_reason(error),
+            consequence="manifests are polled once a second",
+            advice="raise fs.inotify.max_user_instances or fs.inotify.max_user_watches if the"
+            " error is a limit",
         )
-        return Polling(self._wake)
+        return PollingWatch(self.wake_fd)
 
     def _read_streams(self) -> None:
-        for place in self._places:
-            if place.kind == "stream":
-                source = partial(_stream, place.path, self._wake)
-                self._files[place.path][place.path] = _load(place.path, source, {})
+        for path in self._paths:
+            if path.kind == "stream":
+                source = partial(_stream, path.path, self.wake_fd)
+                self._files[path.path][path.path] = _load(path.path, source, {})
 
-    def _refresh(self, stale: Stale) -> dict[_Key, Object]:
-        """All objects, after reading again what is stale; later changes will be noticed."""
-        followed = [place for place in self._places if place.kind != "stream"]
+    def _refresh(self, changes: Changes) -> dict[_Key, Object]:
+        """All objects, after reading again what has changed; later changes will be noticed."""
+        followed = [path for path in self._paths if path.kind != "stream"]
         try:
-            self._watch.follow(followed)  # before reading, so that nothing falls in between
+            self._watch.follow(followed)  # before reading, so that no change falls in between
         except OSError as error:
             self._watch.close()
             self._watch = self._fall_back(error)
             self._watch.follow(followed)
-        gone = [problem for place in followed if (problem := self._reread(place, stale))]
+            changes = None  # inotify may have missed some
+        unknown = [problem for path in followed if (problem := self._reread(path, changes))]
         objects, problems = _merge(
-            item for place in self._places for item in self._files[place.path].items()
+            item for path in self._paths for item in self._files[path.path].items()
         )
-        self._complain([*gone, *problems])
+        self._complain([*unknown, *problems])
         return objects
 
-    def _reread(self, place: Place, stale: Stale) -> Problem | None:
-        before = self._files[place.path]
+    def _reread(self, given: ManifestPath, changes: Changes) -> Problem | None:
+        """Reads again the changed files of a path; the problem if its files are unknown."""
+        before = self._files[given.path]
         try:
-            paths = place.files()
+            paths = given.files()
         except OSError as error:
-            return _broken(place.path, os_reason(error), kept=bool(before))
-        files = self._files[place.path] = {}
-        everything = stale is None or place.path in stale
+            return _broken(given.path, os_reason(error), kept=bool(before))
+        if given.kind == "directory" and not paths:
+            return _empty(given, kept=bool(before))
+        files = self._files[given.path] = {}
+        everything = changes is None or given.path in changes
         for path in paths:
             known = before.get(path)
-            if self._stopping.is_set():
+            if self.stopping:
                 break
-            if everything or (stale and path in stale):
+            if everything or (changes and path in changes):
                 files[path] = _load(path, partial(_bytes, path), known.objects if known else {})
             elif known:
                 files[path] = known
@@ -238,23 +236,27 @@ class Follower(threading.Thread):
         return None
 
     def _news(self, objects: dict[_Key, Object]) -> list[Event]:
-        """What the loop has not been told yet."""
-        told, self._told = self._told, objects
+        """The differences from the objects that the loop has."""
+        reported, self._reported = self._reported, objects
         news: list[Event] = [
             Upsert(object)
             for key, object in objects.items()
-            if (old := told.get(key)) is not object and old != object
+            if (old := reported.get(key)) is not object and old != object
         ]
-        news += [Delete(*key) for key in told if key not in objects]
+        news += [Delete(*key) for key in reported if key not in objects]
         return news
 
     def _complain(self, problems: list[Problem]) -> None:
-        for problem in problems:
-            if problem in self._complaints:
-                continue
-            log = self._log.warning if problem.warning else self._log.error
+        new = [problem for problem in problems if problem not in self._complaints]
+        for problem in new[:MAX_LOGGED]:
             where = {"object": problem.subject} if problem.subject else {}
-            log("manifest not in order", path=problem.path, **where, reason=problem.reason)
+            reason = problem.reason[:MAX_REASON]
+            if problem.warning:
+                self._log.warning("manifest_ambiguous", path=problem.path, **where, reason=reason)
+            else:
+                self._log.error("manifest_invalid", path=problem.path, **where, reason=reason)
+        if more := len(new[MAX_LOGGED:]):
+            self._log.error("manifests_invalid", more=more)
         self._complaints = set(problems)
 
 
@@ -264,7 +266,7 @@ _Key = tuple[type[Object], Name | str]
 
 
 class _File(NamedTuple):
-    """What a file holds, or held when it last was in order."""
+    """The objects of a file, or those of when it was last valid, and its problems."""
 
     objects: Mapping[_Key, Object]
     problems: Sequence[Problem]
@@ -275,17 +277,25 @@ def _key(object: Object) -> _Key:
 
 
 def _subject(object: Object) -> str:
-    """The object's name in the words of InvalidObject.subject."""
+    """Kind and name in the form of InvalidObject.subject."""
     name = object.name if isinstance(object.name, Name) else Name("default", object.name)
     return f"{type(object).__name__} {name}"
 
 
 def _broken(path: str, reason: str, kept: bool) -> Problem:
-    return Problem(path, "", reason + ("; what it held before stays in use" if kept else ""))
+    return Problem(path, "", reason + ("; its last valid content stays in use" if kept else ""))
+
+
+def _empty(directory: ManifestPath, kept: bool) -> Problem:
+    reason = (
+        "contains no manifest (.yaml, .yml or .json); where no objects are meant, add a file with"
+        ' "kind: List"'
+    )
+    return _broken(directory.path, reason, kept)
 
 
 def _load(path: str, source: Callable[[], bytes], before: Mapping[_Key, Object]) -> _File:
-    """What the bytes of `source` say; from `before` what they should have said but do not."""
+    """The file whose bytes are from `source`; invalid objects are as they were in `before`."""
     try:
         found = list(objects_of(source()))
     except OSError as error:
@@ -298,7 +308,7 @@ def _load(path: str, source: Callable[[], bytes], before: Mapping[_Key, Object])
         if isinstance(one, InvalidObject):
             continue
         if _key(one) in objects:
-            reason = "is there more than once; the last one counts"
+            reason = "is defined more than once; the last definition is used"
             problems.append(Problem(path, _subject(one), reason, warning=True))
         objects[_key(one)] = one
     missing = {key: object for key, object in before.items() if key not in objects}
@@ -314,12 +324,12 @@ def _kept_text(broken: InvalidObject, kept: Mapping[_Key, Object]) -> str:
     if not kept:
         return ""
     if broken.subject in map(_subject, kept.values()):
-        return "; its last good form stays in use"
-    return f"; nobody can tell which one it is, so {len(kept)} that the file held before stay"
+        return "; its last valid form stays in use"
+    return f"; it has no name, so {len(kept)} objects that the file held before stay in use"
 
 
 def _may_be(broken: InvalidObject, object: Object) -> bool:
-    """Whether an object that cannot be used may be this one, by what is known of its name.
+    """Whether an invalid object may be this one, by the known part of its name.
 
     Its subject is "Service namespace/name" at best, else "Service without a name" or less.
     """
@@ -340,7 +350,7 @@ def _merge(files: Iterable[tuple[str, _File]]) -> tuple[dict[_Key, Object], list
         problems += file.problems
         for key, object in file.objects.items():
             if key in holders and holders[key] != path:
-                reason = f"is also in {path}, which counts"
+                reason = f"is also defined in {path}, which is used"
                 problems.append(Problem(holders[key], _subject(object), reason, warning=True))
             objects[key] = object
             holders[key] = path
@@ -356,7 +366,7 @@ def _bytes(path: str) -> bytes:
 
 
 def _stream(path: str, wake: int | None = None) -> bytes:
-    """All of a stream; what has come so far as soon as `wake` can be read."""
+    """All of a stream, or the part received so far when `wake` becomes readable."""
     if path != STDIN:
         with open(path, "rb") as file:
             return _bounded(file.read(MAX_FILE_BYTES + 1))

@@ -1,15 +1,13 @@
-"""Watching: which files to read again, told as soon as they have changed.
+"""Which files to read again, as soon as they have changed: by inotify, else by polling.
 
-The same object in two files is the later one's, in the order of the places and then of the names;
-when that one goes, the other one's counts again.
+inotify watches directories, never files, because most writers replace files. Every directory entry
+on the path to a file is watched, symlinks and their targets included. So a change is seen wherever
+it is made: at a link, at its target, or at a directory further up. In a ConfigMap volume `svc.yaml`
+leads to `..data/svc.yaml` and `..data` to a directory named after a time, and an update replaces
+the link `..data` in one rename.
 
-Following uses inotify on directories, never on files, since most writers replace files. Every
-directory entry on the way to a file is watched, symlinks and their targets included. So a change
-is seen wherever it is made: at a link, at its target, or at a directory further up. ConfigMap
-volumes are the case in point: `svc.yaml` leads to `..data/svc.yaml`, `..data` to a directory named
-after a time, and an update replaces the link `..data` in one rename. Such a directory is listed
-through `..data`, whose content is complete at any moment, while the links beside it are brought up
-to date one by one (`AtomicWriter` in kubernetes' pkg/volume/util/atomic_writer.go).
+Both kinds report every change made after `follow` was called for the first time, also those made
+while the caller reads files.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from __future__ import annotations
 import os
 import select
 import stat
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -24,32 +23,36 @@ from typing import Protocol
 import inotify_simple
 from inotify_simple import flags
 
-from agent.sources.manifests.places import Place, is_manifest
+from agent.sources.manifests.paths import ManifestPath, is_manifest
 
 POLL_SECONDS = 1.0
+RACY_SECONDS = 2.0
+"""Two writes this close together may leave the same times: the coarsest that file systems in use
+store are those of FAT."""
 
 _Entry = tuple[str, str]
 """A directory without symlinks in its path, and a name in it."""
 
-Stale = set[str] | None
-"""Paths of files to read again, and of places of which to read everything; None: all there is."""
+Changes = set[str] | None
+"""The files to read again, and the manifest paths of which to read everything; None for all."""
 
 
-class Watch(Protocol):
-    """A way to notice changes: inotify, or polling where that cannot be had."""
+class ChangeWatch(Protocol):
+    """Notices changes of files."""
 
-    def follow(self, places: Sequence[Place]) -> None:
-        """Notice what changes in `places` from now on. Raises OSError if that cannot be."""
+    def follow(self, paths: Sequence[ManifestPath]) -> None:
+        """Notices changes in `paths` from now on; to be called again after each `wait`, before
+        files are read. Raises OSError if it cannot."""
 
-    def wait(self) -> Stale:
-        """What has changed, as soon as something has, or nothing when the thread is woken."""
+    def wait(self) -> Changes:
+        """The changes, as soon as there are any; none if the thread is woken."""
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Releases its descriptors."""
 
 
-class Inotify:
-    """Watches the directory of every entry on the way to a file."""
+class InotifyWatch:
+    """Watches the directory of every entry on the path to a file."""
 
     _MASK = (
         flags.CLOSE_WRITE
@@ -64,28 +67,28 @@ class Inotify:
         self._wake = wake
         self._inotify = inotify_simple.INotify()
         self._directories: dict[int, set[str]] = {}  # by watch; bind mounts share one
-        self._ways: dict[_Entry, set[str]] = {}  # what leads through an entry
-        self._listed: dict[str, set[str]] = {}  # by directory: the places' names for it
+        self._entries: dict[_Entry, set[str]] = {}  # what is reached through an entry
+        self._listed: dict[str, set[str]] = {}  # by directory: its names in the paths
 
     def close(self) -> None:
-        """See Watch."""
+        """See ChangeWatch."""
         self._inotify.close()
 
-    def follow(self, places: Sequence[Place]) -> None:
-        """See Watch."""
+    def follow(self, paths: Sequence[ManifestPath]) -> None:
+        """See ChangeWatch."""
         # a link may be changed before its target's directory is watched: look until nothing is new
         while True:
-            self._ways = _ways(places)
-            if not self._watch_directories({directory for directory, _ in self._ways}):
+            self._entries = _entries(paths)
+            if not self._watch_directories({directory for directory, _ in self._entries}):
                 break
         self._listed = {}
-        for place in places:
-            if place.kind == "directory":
-                listed = place.listed
+        for path in paths:
+            if path.kind == "directory":
+                listed = path.listed
                 self._listed.setdefault(os.path.realpath(listed), set()).add(listed)
 
     def _watch_directories(self, wanted: set[str]) -> bool:
-        """Watch these directories and no others; whether one of them was not watched before.
+        """Watches these directories only. Returns whether one of them was not watched before.
 
         A directory that was replaced by another of its name counts as new.
         """
@@ -94,41 +97,41 @@ class Inotify:
             try:
                 watch = self._inotify.add_watch(directory, self._MASK)
             except (FileNotFoundError, NotADirectoryError):
-                continue  # the directory above tells when it is there
+                continue  # the watch of the directory above reports when it exists
             watches.setdefault(watch, set()).add(directory)
         for watch in self._directories.keys() - watches.keys():
-            with suppress(OSError):  # it went with its directory
+            with suppress(OSError):  # it was removed with its directory
                 self._inotify.rm_watch(watch)
         is_new = not watches.keys() <= self._directories.keys()
         self._directories = watches
         return is_new
 
-    def wait(self) -> Stale:
-        """See Watch."""
+    def wait(self) -> Changes:
+        """See ChangeWatch."""
         poller = select.poll()
         poller.register(self._inotify.fileno(), select.POLLIN)
         poller.register(self._wake, select.POLLIN)
         while self._wake not in dict(poller.poll()):
-            stale: set[str] = set()
+            changed: set[str] = set()
             for event in self._inotify.read(timeout=0):
                 if event.mask & flags.Q_OVERFLOW:
                     return None
                 for directory in self._directories.get(event.wd, ()):
                     if self._counts(event.mask, os.path.join(directory, event.name)):
-                        stale |= self._led_to(directory, event.name)
-            if stale:
-                return stale
+                        changed |= self._led_to(directory, event.name)
+            if changed:
+                return changed
         return set()
 
     def _led_to(self, directory: str, name: str) -> set[str]:
-        stale = self._ways.get((directory, name), set())
+        changed = self._entries.get((directory, name), set())
         if is_manifest(name):
-            stale = stale | {os.path.join(at, name) for at in self._listed.get(directory, ())}
-        return stale
+            changed = changed | {os.path.join(at, name) for at in self._listed.get(directory, ())}
+        return changed
 
     @staticmethod
     def _counts(mask: int, path: str) -> bool:
-        """Whether there is something whole to read now, or nothing any more."""
+        """Whether the file is complete now, or was removed."""
         if mask & (flags.CLOSE_WRITE | flags.MOVED_TO):
             return True
         try:
@@ -139,24 +142,24 @@ class Inotify:
         return bool(mask & flags.CREATE) and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1)
 
 
-def _ways(places: Iterable[Place]) -> dict[_Entry, set[str]]:
-    """For every entry that leads to a place or a file, the paths it leads to."""
-    ways: dict[_Entry, set[str]] = {}
-    for place in places:
-        goals = {place.path: place.path}
-        if place.kind == "directory":
-            goals[place.path] = os.path.join(place.path, "..data")
+def _entries(paths: Iterable[ManifestPath]) -> dict[_Entry, set[str]]:
+    """By entry, the paths and files that are reached through it."""
+    entries: dict[_Entry, set[str]] = {}
+    for given in paths:
+        goals = {given.path: given.path}
+        if given.kind == "directory":
+            goals[given.path] = os.path.join(given.path, "..data")
             with suppress(OSError):
-                goals.update((path, path) for path in place.files())
+                goals.update((path, path) for path in given.files())
         for path, goal in goals.items():
-            for entry in _way(goal):
-                ways.setdefault(entry, set()).add(path)
-    return ways
+            for entry in _entries_to(goal):
+                entries.setdefault(entry, set()).add(path)
+    return entries
 
 
-def _way(path: str) -> set[_Entry]:
+def _entries_to(path: str) -> set[_Entry]:
     """The entries that are looked up, one after the other, to open `path`."""
-    at, way, links = "/", set(), 0
+    at, entries, links = "/", set(), 0
     ahead = os.path.join(os.getcwd(), path).split("/")[::-1]
     while ahead:
         name = ahead.pop()
@@ -165,64 +168,83 @@ def _way(path: str) -> set[_Entry]:
         if name == "..":
             at = os.path.dirname(at)
             continue
-        way.add((at, name))
+        entries.add((at, name))
         try:
             target = os.readlink(os.path.join(at, name))
         except OSError:
             at = os.path.join(at, name)
             continue
         links += 1
-        if links > 40:  # as the kernel has it: a circle
+        if links > 40:  # the kernel's limit, as in a circle of links
             break
         at = "/" if target.startswith("/") else at
         ahead += target.split("/")[::-1]
-    return way
+    return entries
 
 
-class Polling:
-    """Looks at size, time and inode of every file, once in POLL_SECONDS."""
+class PollingWatch:
+    """Compares size, times and inode of every file every POLL_SECONDS.
+
+    A file whose times are younger than RACY_SECONDS is reported once more when they are not,
+    because a write after it was read may have left the same times.
+    """
 
     def __init__(self, wake: int) -> None:
         self._wake = wake
-        self._places: Sequence[Place] = ()
-        self._seen: dict[str, _Signature] = {}
+        self._paths: Sequence[ManifestPath] = ()
+        self._seen: dict[str, _Signature] | None = None
+        self._racy: set[str] = set()
 
     def close(self) -> None:
-        """See Watch."""
+        """See ChangeWatch."""
 
-    def follow(self, places: Sequence[Place]) -> None:
-        """See Watch."""
-        self._places = places
-        self._seen = _signatures(places)
+    def follow(self, paths: Sequence[ManifestPath]) -> None:
+        """See ChangeWatch."""
+        self._paths = paths
+        # later it stays as `wait` saw it: what has changed since then is reported next time
+        if self._seen is None:
+            self._look()
 
-    def wait(self) -> Stale:
-        """See Watch."""
+    def _look(self) -> set[str]:
+        """The paths whose signature is not what it was; what it is now is remembered."""
+        before, racy = self._seen or {}, self._racy
+        now = self._seen = _signatures(self._paths)
+        newest = (time.time() - RACY_SECONDS) * 1e9
+        self._racy = {path for path, found in now.items() if found and found[1] > newest}
+        return {path for path, _ in now.items() ^ before.items()} | (racy - self._racy)
+
+    def wait(self) -> Changes:
+        """See ChangeWatch."""
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
         while not poller.poll(POLL_SECONDS * 1000):
-            now = _signatures(self._places)
-            stale = {path for path, _ in now.items() ^ self._seen.items()}
-            if stale:
-                return stale
+            if changed := self._look():
+                return changed
         return set()
 
 
 _Signature = tuple[int, ...]
 
 
-def _signatures(places: Iterable[Place]) -> dict[str, _Signature]:
+def _signatures(paths: Iterable[ManifestPath]) -> dict[str, _Signature]:
     signatures: dict[str, _Signature] = {}
-    for place in places:
+    for given in paths:
         try:
-            paths = place.files()
+            files = given.files()
         except OSError:
-            signatures[place.path] = ()
+            signatures[given.path] = ()
             continue
-        for path in paths:
+        for path in files:
             try:
                 found = os.stat(path)
             except OSError:
                 signatures[path] = ()
             else:
-                signatures[path] = (found.st_mtime_ns, found.st_size, found.st_ino)
+                # a writer may set the data's time back (cp -p), never the inode's
+                signatures[path] = (
+                    found.st_mtime_ns,
+                    found.st_ctime_ns,
+                    found.st_size,
+                    found.st_ino,
+                )
     return signatures

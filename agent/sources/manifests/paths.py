@@ -1,8 +1,8 @@
-"""Places: where manifests lie. A file, a directory (its `*.yaml`, `*.yml` and `*.json`, sorted, not
-those below it, not hidden ones), or `-`, standard input.
+"""The paths given with `--from`: a file, a directory, or `-`, standard input.
 
-A ConfigMap volume is listed through its `..data`, whose content is complete at any moment, while
-the links beside it are brought up to date one by one (`AtomicWriter` in kubernetes'
+In a directory the `*.yaml`, `*.yml` and `*.json` count, sorted, not those below it and not hidden
+ones. A ConfigMap volume is listed through its `..data`, whose content is complete at any moment,
+while the links beside it are updated one by one (`AtomicWriter` in kubernetes'
 pkg/volume/util/atomic_writer.go).
 """
 
@@ -20,25 +20,26 @@ STDIN = "-"
 
 
 class ManifestError(Exception):
-    """A place that is not there or cannot be read; says which and what to do."""
+    """A path that does not exist or cannot be read. Says which, and what to do."""
 
 
-class Place(NamedTuple):
-    """A place, and what it was when it was given."""
+class ManifestPath(NamedTuple):
+    """A path, and its kind when the agent started."""
 
     path: str
     kind: Literal["file", "directory", "stream"]
 
     @property
     def listed(self) -> str:
-        """The directory whose entries count: in a ConfigMap volume the one behind the links."""
+        """The directory whose entries count: in a ConfigMap volume the target of the links."""
         payload = os.path.join(self.path, "..data")
         return payload if os.path.isdir(payload) else self.path
 
     def files(self) -> list[str]:
-        """The paths of the files that are there.
+        """The paths of the files that exist.
 
-        Raises OSError where that is unknown because a directory is gone: not the same as no files.
+        Raises OSError if that is unknown because a directory is missing, which is not the same as
+        no files.
         """
         if self.kind == "directory":
             listed = self.listed
@@ -55,16 +56,16 @@ def is_manifest(name: str) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
-def resolve(texts: Sequence[str]) -> list[Place]:
-    """The places, each once. Raises ManifestError."""
-    return [_place(text) for text in dict.fromkeys(texts)]
+def resolve(texts: Sequence[str]) -> list[ManifestPath]:
+    """The paths, each once. Raises ManifestError."""
+    return [_resolved(text) for text in dict.fromkeys(texts)]
 
 
-def _place(path: str) -> Place:
+def _resolved(path: str) -> ManifestPath:
     if path == STDIN:
         if sys.stdin is None or sys.stdin.closed:
             raise ManifestError(f"{STDIN}: standard input is closed; pipe the manifests into it")
-        return Place(path, "stream")
+        return ManifestPath(path, "stream")
     try:
         mode = os.stat(path).st_mode
         if not os.access(path, os.R_OK | (os.X_OK if stat.S_ISDIR(mode) else 0)):
@@ -72,12 +73,12 @@ def _place(path: str) -> Place:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise not_readable(path, error) from None
     if stat.S_ISDIR(mode):
-        return Place(path, "directory")
-    return Place(path, "file" if stat.S_ISREG(mode) else "stream")
+        return ManifestPath(path, "directory")
+    return ManifestPath(path, "file" if stat.S_ISREG(mode) else "stream")
 
 
 def not_readable(path: str, error: Exception) -> ManifestError:
-    """The error for a place that cannot be read, with what to do about it."""
+    """The error for a path that cannot be read, with the remedy."""
     todo = (
         "let this user read it"
         if isinstance(error, PermissionError)
@@ -87,5 +88,5 @@ def not_readable(path: str, error: Exception) -> ManifestError:
 
 
 def os_reason(error: Exception) -> str:
-    """What the system says, without number and path."""
+    """The system's error message without number and path."""
     return getattr(error, "strerror", None) or str(error)
