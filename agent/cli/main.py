@@ -4,7 +4,7 @@ A command's module is imported when the command runs, so that the agent does not
 others need. Exit codes of all commands:
 
 - 0: success; `diff` found no difference
-- 1: `diff` found differences
+- 1: `diff` found differences; `doctor` found a warning or a failure
 - 2: the command could not do its work, or not all of it; one line on standard error says why
 """
 
@@ -17,7 +17,7 @@ import click
 from agent import __version__
 from agent.imports import lightly
 
-COMMANDS = ("run", "init", "cleanup", "render", "diff", "endpoints", "explain", "demo")
+COMMANDS = ("run", "init", "cleanup", "render", "diff", "endpoints", "explain", "doctor", "demo")
 
 
 class _Commands(click.Group):
@@ -43,7 +43,7 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 1 `diff` found differences, 2 failure.",
+    epilog="Exit codes: 0 success, 1 `diff` or `doctor` found something, 2 failure.",
 )
 @click.version_option(__version__)
 def main() -> None:

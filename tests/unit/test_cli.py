@@ -21,6 +21,7 @@ GROUPS = {
     "diff": {"data plane", "tables"},
     "endpoints": {"data plane"},
     "explain": {"data plane"},
+    "doctor": {"data plane"},
     "cleanup": set(),
     "demo": set(),
 }

@@ -1,0 +1,226 @@
+"""The facts of a live node for `rules.doctor`, from /proc, /sys and netlink. Changes nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from pyroute2.iproute.linux import IPRoute
+
+from agent.kernel import kube_proxy
+from agent.kernel.addresses import read
+from agent.kernel.errors import KernelError
+from agent.kernel.socket import Interrupted, NetlinkSocket
+from agent.kernel.tables import Kernel
+from rules.doctor import BaseChain, Facts, Interface, program_of
+from rules.netlink.attributes import attributes, fields, integer, text
+from rules.netlink.batch import content, nft_type
+from rules.netlink.messages import NLM_F_DUMP
+from rules.netlink.nftables import (
+    NF_DROP,
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_GETRULE,
+    NFTA_CHAIN_HOOK,
+    NFTA_CHAIN_NAME,
+    NFTA_CHAIN_POLICY,
+    NFTA_CHAIN_TABLE,
+    NFTA_DATA_VERDICT,
+    NFTA_EXPR_DATA,
+    NFTA_EXPR_NAME,
+    NFTA_HOOK_HOOKNUM,
+    NFTA_HOOK_PRIORITY,
+    NFTA_IMMEDIATE_DATA,
+    NFTA_LIST_ELEM,
+    NFTA_RULE_CHAIN,
+    NFTA_RULE_EXPRESSIONS,
+    NFTA_RULE_TABLE,
+    NFTA_VERDICT_CODE,
+)
+from rules.objects import address_text
+from rules.tables import TABLE
+
+_SYS = Path("/proc/sys/net")
+_PROC = Path("/proc/thread-self/net")
+"""Not /proc/net: that is the namespace of the process's first thread."""
+_NFPROTO_NAMES = {1: "inet", 2: "ip", 5: "netdev", 7: "bridge", 10: "ip6"}
+_HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
+_DUMPS = 5
+"""Tries of a dump that meets changes, before it counts as unreadable."""
+
+
+def collect() -> Facts:
+    """The facts of this network namespace. What cannot be read is None, or absent."""
+    owns, chains = True, None
+    leftovers: tuple[str, ...] = ()
+    with suppress(KernelError, OSError), Kernel(own=False) as kernel:
+        owns = all(
+            info[1] is not None for family in (4, 6) if (info := kernel.info(family)) is not None
+        )
+        leftovers = tuple(kube_proxy.find(kernel))
+    with suppress(KernelError, OSError):
+        chains = tuple(base_chains())
+    addresses: tuple[str, ...] = ()
+    with suppress(OSError), IPRoute() as route:
+        addresses = tuple(address_text(a) for a in sorted(read(route).addresses))
+    return Facts(
+        kernel=_kernel_version(),
+        owns_tables=owns,
+        forwarding=dict(_forwarding()),
+        interfaces=tuple(_interfaces()),
+        bridge_netfilter=_flag(_SYS / "bridge/bridge-nf-call-iptables"),
+        conntrack=_conntrack(),
+        base_chains=chains,
+        kube_proxy=leftovers,
+        local_addresses=addresses,
+    )
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _flag(path: Path) -> bool | None:
+    number = _number(path)
+    return None if number is None else bool(number)
+
+
+def _kernel_version() -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _forwarding() -> Iterator[tuple[int, bool]]:
+    for family, path in ((4, "ipv4/ip_forward"), (6, "ipv6/conf/all/forwarding")):
+        on = _flag(_SYS / path)
+        if on is not None:
+            yield family, on
+
+
+def _interfaces() -> Iterator[Interface]:
+    everywhere = _number(_SYS / "ipv4/conf/all/rp_filter") or 0
+    default = _default_route_interfaces()
+    with suppress(OSError):
+        for name in sorted({*os.listdir(_SYS / "ipv4/conf")} - {"all", "default"}):
+            own = _number(_SYS / "ipv4/conf" / name / "rp_filter")
+            if own is not None:
+                # the kernel takes the larger one (Documentation/networking/ip-sysctl.rst)
+                yield Interface(name, max(own, everywhere), name in default)
+
+
+def _default_route_interfaces() -> set[str]:
+    found = set()
+    with suppress(OSError):
+        for line in (_PROC / "route").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[1] == columns[7] == "00000000":
+                found.add(columns[0])
+    return found
+
+
+def _conntrack() -> tuple[int, int, int] | None:
+    """Entries, maximum, failed insertions of all CPUs (column insert_failed, hexadecimal)."""
+    used = _number(_SYS / "netfilter/nf_conntrack_count")
+    most = _number(_SYS / "netfilter/nf_conntrack_max")
+    if used is None or most is None:
+        return None
+    failed = 0
+    with suppress(OSError, ValueError):
+        head, *cpus = (_PROC / "stat/nf_conntrack").read_text().splitlines()
+        column = head.split().index("insert_failed")
+        failed = sum(int(line.split()[column], 16) for line in cpus)
+    return used, most, failed
+
+
+# --- base chains --------------------------------------------------------------------------------
+
+
+def base_chains() -> Iterator[BaseChain]:
+    """The base chains of all tables but ours, with what drops packets in them.
+
+    Raises OSError.
+    """
+    with NetlinkSocket() as socket:
+        chains = _dump(socket, NFT_MSG_GETCHAIN)
+        rules = _dump(socket, NFT_MSG_GETRULE)
+    names: dict[tuple[int, str], set[str]] = {}
+    for number, body in chains:
+        chain = fields(body)
+        names.setdefault((number, text(chain[NFTA_CHAIN_TABLE])), set()).add(
+            text(chain[NFTA_CHAIN_NAME])
+        )
+    dropping = _dropping(rules)
+    for number, body in chains:
+        chain = fields(body)
+        table, name = text(chain[NFTA_CHAIN_TABLE]), text(chain[NFTA_CHAIN_NAME])
+        if table == TABLE or NFTA_CHAIN_HOOK not in chain or number not in _NFPROTO_NAMES:
+            continue
+        hook = fields(chain[NFTA_CHAIN_HOOK])
+        numbered = integer(hook[NFTA_HOOK_HOOKNUM])
+        policy = chain.get(NFTA_CHAIN_POLICY)
+        drops = [
+            *(["its policy is drop"] if policy and integer(policy) == NF_DROP else []),
+            *dropping.get((number, table, name), []),
+        ]
+        yield BaseChain(
+            _NFPROTO_NAMES[number],
+            table,
+            name,
+            _HOOKS[numbered] if numbered < len(_HOOKS) else str(numbered),
+            int.from_bytes(hook[NFTA_HOOK_PRIORITY], "big", signed=True),
+            " and ".join(dict.fromkeys(drops)),
+            program_of(table, names[number, table]),
+        )
+
+
+def _dump(socket: NetlinkSocket, kind: int) -> list[tuple[int, bytes]]:
+    """Family number (NFPROTO_*) and body of each answer, of all families."""
+    for _ in range(_DUMPS):
+        with suppress(Interrupted):
+            return [
+                (data[start], data[start + 4 : end])
+                for data, start, end in socket.ask(nft_type(kind), content(0, b""), NLM_F_DUMP)
+            ]
+    raise Interrupted
+
+
+def _dropping(rules: Iterable[tuple[int, bytes]]) -> dict[tuple[int, str, str], list[str]]:
+    """By family number, table and chain, the rules that drop or reject without a condition."""
+    found: dict[tuple[int, str, str], list[str]] = {}
+    for number, body in rules:
+        rule = fields(body)
+        word = _unconditional(rule.get(NFTA_RULE_EXPRESSIONS, b""))
+        if word:
+            key = number, text(rule[NFTA_RULE_TABLE]), text(rule[NFTA_RULE_CHAIN])
+            found.setdefault(key, []).append(f"a rule {word} whatever is left")
+    return found
+
+
+def _unconditional(expressions: bytes) -> str:
+    """What a rule without any condition does: drops, rejects, or nothing of the kind ("")."""
+    word = ""
+    for kind, payload in attributes(expressions):
+        if kind != NFTA_LIST_ELEM:
+            continue
+        expression = fields(payload)
+        match text(expression[NFTA_EXPR_NAME]):
+            case "counter" | "log":
+                continue
+            case "reject":
+                word = "rejects"
+            case "immediate" if _is_drop(expression.get(NFTA_EXPR_DATA, b"")):
+                word = "drops"
+            case _:
+                return ""
+    return word
+
+
+def _is_drop(immediate: bytes) -> bool:
+    data = fields(fields(immediate).get(NFTA_IMMEDIATE_DATA, b""))
+    verdict = fields(data.get(NFTA_DATA_VERDICT, b""))
+    return NFTA_VERDICT_CODE in verdict and integer(verdict[NFTA_VERDICT_CODE]) == NF_DROP

@@ -1,0 +1,219 @@
+"""Each check of `doctor` finds the trouble that is made here in a namespace, and else is quiet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.kernel.facts import base_chains, collect
+from rules.doctor import FAILED, OK, WARNING, Check, Facts, examine
+from tests.kernel.namespaces import in_empty_namespace, is_root
+
+pytestmark = pytest.mark.skipif(not is_root(), reason="needs root for network namespaces")
+needs_nft = pytest.mark.skipif(shutil.which("nft") is None, reason="no nft")
+needs_iptables = pytest.mark.skipif(
+    shutil.which("iptables-nft-restore") is None, reason="no iptables-nft"
+)
+
+
+def run(*command: str, text: str = "") -> None:
+    subprocess.run(command, input=text, text=True, check=True, capture_output=True)
+
+
+def write(path: str, value: object) -> None:
+    Path("/proc/sys/net", path).write_text(str(value))
+
+
+def doctor(*trouble: Callable[[], object]) -> dict[str, Check]:
+    """The checks by id, in a namespace of its own in which this trouble was made."""
+
+    def look() -> Facts:
+        run("ip", "link", "set", "lo", "up")
+        write("ipv4/ip_forward", 1)
+        write("ipv6/conf/all/forwarding", 1)
+        for one in trouble:
+            one()
+        return collect()
+
+    return {check.id: check for check in examine(in_empty_namespace(look))}
+
+
+def test_a_namespace_in_order_has_no_complaint() -> None:
+    found = doctor()
+    assert {c.id: c.detail for c in found.values() if c.state in (WARNING, FAILED)} == {}
+    assert found["firewall"].state == OK
+
+
+def test_forwarding_that_is_off_is_a_failure_with_the_sysctl() -> None:
+    check = doctor(lambda: write("ipv4/ip_forward", 0))["forwarding-ipv4"]
+    assert (check.state, check.remedy) == (FAILED, "sysctl -w net.ipv4.ip_forward=1")
+
+
+FIREWALLD = """
+table inet firewalld {
+  chain filter_FORWARD {
+    type filter hook forward priority filter + 10; policy accept;
+    ct state { established, related } accept
+    iifname "lo" accept
+    reject with icmpx admin-prohibited
+  }
+}
+"""
+
+
+@needs_nft
+def test_a_firewall_like_firewalld_is_named_with_its_command() -> None:
+    check = doctor(lambda: run("nft", "-f", "-", text=FIREWALLD))["firewall"]
+    assert check.state == WARNING
+    assert "inet firewalld filter_FORWARD (hook forward, 10): a rule rejects" in check.detail
+    assert "firewall-cmd" in check.remedy
+
+
+UFW = """
+*filter
+:INPUT DROP [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:ufw-before-forward - [0:0]
+-A FORWARD -j ufw-before-forward
+COMMIT
+"""
+DOCKER = """
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+COMMIT
+"""
+
+
+@needs_iptables
+@pytest.mark.parametrize(
+    ("rules", "remedy"), [(UFW, "ufw"), (DOCKER, "DOCKER-USER")], ids=["ufw", "docker"]
+)
+def test_a_forward_policy_of_drop_names_the_program_that_sets_it(rules: str, remedy: str) -> None:
+    check = doctor(lambda: run("iptables-nft-restore", text=rules))["firewall"]
+    assert check.state == WARNING
+    assert "ip filter FORWARD (hook forward, 0): its policy is drop" in check.detail
+    assert remedy in check.remedy
+
+
+@needs_nft
+def test_a_drop_behind_a_condition_is_not_reported() -> None:
+    text = 'table ip t { chain c { type filter hook forward priority 0; iifname "x" drop; }; }'
+
+    def look() -> list[str]:
+        run("nft", "-f", "-", text=text)
+        return [chain.drops for chain in base_chains()]
+
+    assert in_empty_namespace(look) == [""]
+
+
+def two_interfaces() -> None:
+    run("ip", "link", "add", "one", "type", "veth", "peer", "name", "two")
+    for name in ("one", "two"):
+        run("ip", "link", "set", name, "up")
+
+
+def test_strict_reverse_path_filtering_with_several_interfaces_is_a_warning() -> None:
+    def strict() -> None:
+        two_interfaces()
+        write("ipv4/conf/all/rp_filter", 0)
+        write("ipv4/conf/one/rp_filter", 1)
+        write("ipv4/conf/two/rp_filter", 0)
+
+    check = doctor(strict)["rp-filter"]
+    assert check.state == WARNING
+    assert "net.ipv4.conf.one.rp_filter=2" in check.remedy
+
+    def loose() -> None:
+        two_interfaces()
+        for name in ("all", "one", "two"):
+            write(f"ipv4/conf/{name}/rp_filter", 0)
+
+    assert doctor(loose)["rp-filter"].state == OK
+
+
+def test_conntrack_nearly_full_is_judged_by_its_share() -> None:
+    def state(used: int) -> str:
+        checks = examine(Facts(conntrack=(used, 1000, 3)))
+        return next(c.state for c in checks if c.id == "conntrack")
+
+    assert [state(used) for used in (100, 799, 800, 985)] == [OK, OK, WARNING, FAILED]
+
+
+def test_conntracks_real_figures_are_read() -> None:
+    facts = in_empty_namespace(collect)
+    if facts.conntrack is None:
+        pytest.skip("no conntrack here")
+    used, most, _ = facts.conntrack
+    assert 0 <= used <= most
+
+
+@needs_nft
+def test_what_kube_proxy_left_is_found() -> None:
+    check = doctor(lambda: run("nft", "add", "table", "ip", "kube-proxy"))["kube-proxy"]
+    assert check.state == WARNING
+    assert "cleanup --kube-proxy" in check.remedy
+
+
+def test_the_address_of_node_local_dns_is_recognised() -> None:
+    def look() -> Facts:
+        run("ip", "link", "set", "lo", "up")
+        run("ip", "addr", "add", "10.96.0.10/32", "dev", "lo")
+        return collect()
+
+    found = in_empty_namespace(look)
+    assert "10.96.0.10" in found.local_addresses
+
+
+NODE = """
+apiVersion: v1
+kind: Node
+metadata: {name: node-1}
+spec: {podCIDRs: [10.244.9.0/24]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: default}
+spec: {clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1], ports: [{port: 80}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+endpoints: [{addresses: [10.244.1.5], nodeName: node-1}]
+ports: [{port: 8080}]
+"""
+
+
+def test_the_command_judges_the_objects_too_and_its_exit_code_tells(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(NODE)
+
+    def ask(*flags: str) -> tuple[int, dict[str, Any]]:
+        command = [sys.executable, "-m", "agent", "doctor", "--output", "json"]
+        done = subprocess.run(
+            [*command, "--from", str(tmp_path), *flags], capture_output=True, text=True, check=False
+        )
+        assert done.stdout, done.stderr
+        return done.returncode, {check["id"]: check for check in json.loads(done.stdout)}
+
+    def look() -> tuple[int, dict[str, Any]]:
+        return ask("--node", "node-1", "--detect-local-mode", "NodeCIDR")
+
+    code, checks = in_empty_namespace(look)
+    assert code == 1
+    assert checks["pod-cidrs"]["state"] == FAILED
+    assert "10.244.1.5" in checks["pod-cidrs"]["detail"]
+    assert checks["node"]["state"] == OK
+    _, checks = in_empty_namespace(lambda: ask("--node", "nobody-here"))
+    assert checks["node"]["state"] == FAILED
