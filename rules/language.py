@@ -21,6 +21,7 @@ class DataType(Enum):
     """nft's data types: number (its TYPE_* constants), length, and name."""
 
     INTEGER = (4, 4, "integer")
+    DIRECTION = (27, 1, "ct_dir")
     IPV4 = (7, 4, "ipv4_addr")
     IPV6 = (8, 16, "ipv6_addr")
     PROTOCOL = (12, 1, "inet_proto")
@@ -55,13 +56,16 @@ class Source(Enum):
     ORIGINAL_DADDR = "original daddr"
     ORIGINAL_DPORT = "ct original proto-dst"
     RANDOM = "numgen random"
+    CLIENT_HASH = "jhash"
+    DIRECTION = "ct direction"
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One value a rule reads: of a packet, of its connection, or drawn at random.
+    """One value a rule reads: of a packet, of its connection, or a slot.
 
-    `family` is 4 or 6. A RANDOM field draws from `offset` to `offset + modulus - 1`.
+    `family` is 4 or 6. A RANDOM field draws from `offset` to `offset + modulus - 1`. A CLIENT_HASH
+    field is the hash of the source address with `seed`, scaled to 0 to `modulus - 1`.
     """
 
     source: Source
@@ -69,6 +73,7 @@ class Field:
     family: int
     modulus: int = 0
     offset: int = 0
+    seed: int = 0
 
     @property
     def length(self) -> int:
@@ -110,6 +115,16 @@ class Fields:
     def random(self, modulus: int, offset: int = 0) -> Field:
         """A slot drawn from `modulus` many, the first of them `offset`."""
         return Field(Source.RANDOM, DataType.INTEGER, self.family, modulus, offset)
+
+    @property
+    def direction(self) -> Field:
+        """The packet's direction; "original" in every nat chain, so a set of it is a switch."""
+        return Field(Source.DIRECTION, DataType.DIRECTION, self.family)
+
+    def hashed(self, modulus: int, seed: int) -> Field:
+        """A slot below `modulus`, the same for every packet of a client. Seed 0 would be random."""
+        source = Source.CLIENT_HASH
+        return Field(source, DataType.INTEGER, self.family, modulus, seed=seed)
 
 
 Concat = tuple[Field, ...]
@@ -264,7 +279,10 @@ class Translate:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """Puts key and data into a dynamic map, or renews them, for `seconds`."""
+    """Puts key and data into a dynamic map, or renews them, for `seconds`; a set has no data.
+
+    Ends the rule where the map is full and does not have the key yet.
+    """
 
     map: Set
     key: Concat

@@ -19,7 +19,9 @@ A packet's way through it (`ip sliceproxy`, and the same for `ip6`):
        |        |               |        slots of nodeport-endpoints, not of endpoints
        |        |               slots of inside-endpoints; masquerades what the node itself sends
        |        masq: marks for masquerading; cluster: unless the client is a pod of this node
-       first looks whether this client has been here before   (affinity)
+       first looks whether this client has been here before   (affinity); where clients
+       could not be remembered lately, goes on by the client's address (affinity-full,
+       by-client-...lb-WIDTH)
 
     input, forward, output, filter 0: connections that have had no answer yet
       outside loadBalancerSourceRanges: drop   (guarded, source-ranges)
@@ -49,6 +51,10 @@ Why it is like this:
   often as they need: 32 rules read a map. With 374 of them 250,000 elements took the kernel 1.5 s
   longer.
 - A verdict names everything that will happen to a packet, so a person reads it in one element.
+- When the affinity map is full, `update` ends its rule. The next rule then turns a switch on: a set
+  of one element that times out. While it is on, a new client gets the slot that a hash of its
+  address names, so it stays without being remembered. Placing all clients so would take them to
+  the same endpoint again after their timeout, which must end their affinity.
 - The rules for session affinity exist only while a Service asks for it, also because nft 1.0.6
   aborts on *loading* the text of the IPv6 map (60 bytes of key and data), though it lists it.
 - Clients are remembered in nat chains, just before masquerading, not behind DNAT in filter chains:
@@ -90,7 +96,7 @@ from rules.language import (
     rule,
 )
 from rules.objects import SCTP, TCP, UDP
-from rules.slots import DRAWS, LADDER, MAX_ENDPOINTS, fewest
+from rules.slots import DRAWS, HASH_DRAWS, LADDER, MAX_ENDPOINTS, fewest
 
 FAMILIES = (4, 6)
 PROTOCOLS = (TCP, UDP, SCTP)
@@ -98,6 +104,8 @@ PROTOCOLS = (TCP, UDP, SCTP)
 
 TABLE = "sliceproxy"
 AFFINITY_SIZE = 65536  # clients remembered per family; the map is full of them at 65,536
+FULL_SECONDS = 3600
+"""For so long after a client could not be remembered, new ones are placed by their address."""
 DEFAULT_MARK = 0x4000  # kube-proxy's bit 14
 
 
@@ -151,6 +159,14 @@ class FamilySets:
             dynamic=True,
             size=AFFINITY_SIZE,
         )
+        self.affinity_full = Set(
+            family,
+            "affinity-full",
+            (fields.direction,),
+            dynamic=True,
+            size=1,
+            comment="a switch: clients could not be remembered",
+        )
         self.sticky_ips = verdicts("sticky-ips", destination, "whose clients are remembered")
         self.sticky_nodeports = verdicts("sticky-nodeports", port, "whose clients are remembered")
         self.sticky_addresses = plain("sticky-addresses", (fields.daddr,), "those of sticky-ips")
@@ -169,7 +185,13 @@ class FamilySets:
     @property
     def sticky(self) -> tuple[Set, ...]:
         """The sets that a table has while a Service asks for session affinity."""
-        return (self.affinity, self.sticky_ips, self.sticky_nodeports, self.sticky_addresses)
+        return (
+            self.affinity,
+            self.affinity_full,
+            self.sticky_ips,
+            self.sticky_nodeports,
+            self.sticky_addresses,
+        )
 
 
 SETS = {family: FamilySets(family) for family in FAMILIES}
@@ -365,22 +387,26 @@ def _affinity_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
         "remember-at-node-port",
         tuple(rule(IsProtocol(p), GoBy(at_node_port, sets.sticky_nodeports)) for p in PROTOCOLS),
     )
+    full = rule(
+        Remember(sets.affinity_full, (f.direction,), (), FULL_SECONDS),
+        comment="the map is full",
+    )
     for seconds in layout.affinity:
         yield Chain(
             remember(seconds),
-            tuple(
-                rule(
-                    IsProtocol(protocol),
-                    Remember(
-                        sets.affinity,
-                        (f.saddr, f.original_daddr, f.protocol, f.original_dport),
-                        (f.daddr, f.dport),
-                        seconds,
-                    ),
-                )
-                for protocol in PROTOCOLS
-            ),
+            (*(_remembers(sets, protocol, seconds) for protocol in PROTOCOLS), full),
         )
+
+
+def _remembers(sets: FamilySets, protocol: int, seconds: int) -> Rule:
+    """Remembers a client; where the map has no room for it, the packet goes on to the next rule."""
+    f = sets.fields
+    key = (f.saddr, f.original_daddr, f.protocol, f.original_dport)
+    return rule(
+        IsProtocol(protocol),
+        Remember(sets.affinity, key, (f.daddr, f.dport), seconds),
+        Final.RETURN,
+    )
 
 
 def remember(seconds: int) -> str:
@@ -427,6 +453,14 @@ def _balancer_family(
     draws = (rule(Jump(draw)),) * (DRAWS if fewest(width) < width else 0)
     yield Chain(drawing, (*(_marks_own(layout) if inside else ()), *draws, always_filled))
 
+    hashing = f"by-client-{drawing}"
+    if layout.affinity and width > 1:
+        slots = (
+            *(f.hashed(width, seed) for seed in range(1, HASH_DRAWS + 1)),
+            f.hashed(fewest(width), HASH_DRAWS + 1),
+        )
+        yield Chain(hashing, tuple(rule(Translate((*key, slot), endpoints)) for slot in slots))
+
     before: dict[str, tuple[Rule, ...]] = {PLAIN: ()}
     if not inside:
         before[MASQUERADE] = (rule(Mark(layout.mark)),)
@@ -441,7 +475,9 @@ def _balancer_family(
             name = balancer(width, style=style, node_port=node_port, inside=inside, sticky=True)
             again = rule(Translate((f.saddr, f.daddr, f.protocol, f.dport), sets.affinity))
             marks = _marks_own(layout) if inside else rules
-            yield Chain(name, (*marks, again, rule(Goto(drawing))))
+            full = rule(In((f.direction,), sets.affinity_full), Goto(hashing))
+            choose = (*((full,) if width > 1 else ()), rule(Goto(drawing)))
+            yield Chain(name, (*marks, again, *choose))
 
 
 def _marks_own(layout: Layout) -> tuple[Rule, ...]:

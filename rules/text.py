@@ -135,7 +135,8 @@ def statement(described: Statement) -> str:  # noqa: PLR0912
         case Translate(fields, named):
             return f"dnat to {concat(fields)} map @{named.name}"
         case Remember(named, key, data, seconds):
-            return f"update @{named.name} {{ {concat(key)} timeout {seconds}s : {concat(data)} }}"
+            value = f" : {concat(data)}" if data else ""
+            return f"update @{named.name} {{ {concat(key)} timeout {seconds}s{value} }}"
         case Jump(chain):
             return f"jump {chain}"
         case Goto(chain):
@@ -158,6 +159,8 @@ def field(described: Field) -> str:
         case Source.RANDOM:
             offset = f" offset {described.offset}" if described.offset else ""
             return f"numgen random mod {described.modulus}{offset}"
+        case Source.CLIENT_HASH:
+            return f"jhash {family} saddr mod {described.modulus} seed {described.seed:#x}"
         case _:
             return str(described.source.value)
 
@@ -201,6 +204,8 @@ def _value(kind: DataType, content: bytes) -> str:
             return str(int.from_bytes(content, "big"))
         case DataType.INTEGER:
             return str(int.from_bytes(content, sys.byteorder))
+        case DataType.DIRECTION:
+            return "reply" if content[0] else "original"
 
 
 def _ranges(fields: Concat, low: bytes, high: bytes) -> Iterator[str]:

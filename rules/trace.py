@@ -298,8 +298,10 @@ class _Flight:
                 return self.packet.destination
             case Source.ORIGINAL_DPORT:
                 return self.packet.port.to_bytes(2, "big")
-            case Source.RANDOM:
-                raise ValueError("a random field has no single value")
+            case Source.DIRECTION:
+                return b"\0"
+            case Source.RANDOM | Source.CLIENT_HASH:
+                raise ValueError("a slot that is drawn or hashed is not followed as one value")
 
     def key(self, fields: Concat) -> Key:
         """The key that elements have for the fields. A lone field is not padded."""
@@ -457,7 +459,7 @@ class _Passage:
         return Goto(chain)
 
     def _translate(self, fields: Concat, named: Set) -> _Outcome:
-        if fields[-1].source is Source.RANDOM:
+        if fields[-1].source in (Source.RANDOM, Source.CLIENT_HASH):
             return self._draw(fields[:-1], fields[-1], named)
         key = self.flight.key(fields)
         target = self._elements.get(named, {}).get(key)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 
 from rules.language import (
+    ADDRESS_LENGTH,
     Concat,
     Field,
     Final,
@@ -38,6 +39,7 @@ from rules.netlink.nftables import (
     NFPROTO,
     NFT_CMP_EQ,
     NFT_CMP_NEQ,
+    NFT_CT_DIRECTION,
     NFT_CT_DST_IP,
     NFT_CT_DST_IP6,
     NFT_CT_PROTO_DST,
@@ -46,6 +48,7 @@ from rules.netlink.nftables import (
     NFT_DYNSET_OP_UPDATE,
     NFT_FIB_RESULT_ADDRTYPE,
     NFT_GOTO,
+    NFT_HASH_JENKINS,
     NFT_JUMP,
     NFT_LOOKUP_F_INV,
     NFT_META_IIFNAME,
@@ -85,6 +88,12 @@ from rules.netlink.nftables import (
     NFTA_FIB_F_SADDR,
     NFTA_FIB_FLAGS,
     NFTA_FIB_RESULT,
+    NFTA_HASH_DREG,
+    NFTA_HASH_LEN,
+    NFTA_HASH_MODULUS,
+    NFTA_HASH_SEED,
+    NFTA_HASH_SREG,
+    NFTA_HASH_TYPE,
     NFTA_IMMEDIATE_DATA,
     NFTA_IMMEDIATE_DREG,
     NFTA_LIST_ELEM,
@@ -306,12 +315,13 @@ def _remember(described: Remember) -> Iterator[bytes]:
     yield from _load(described.key)
     behind = described.map.key_length // 4
     yield from _load(described.data, behind)
+    data = (u32(NFTA_DYNSET_SREG_DATA, register(behind)),) if described.data else ()
     yield _expression(
         "dynset",
         string(NFTA_DYNSET_SET_NAME, described.map.name),
         u32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
         u32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
-        u32(NFTA_DYNSET_SREG_DATA, register(behind)),
+        *data,
         attribute(NFTA_DYNSET_TIMEOUT, struct.pack("!Q", described.seconds * 1000)),  # ms
     )
 
@@ -347,6 +357,28 @@ def _read(part: Field, unit: int) -> bytes:
                 u32(NFTA_NG_TYPE, NFT_NG_RANDOM),
                 u32(NFTA_NG_OFFSET, part.offset),
             )
+        case Source.DIRECTION:
+            return _expression("ct", u32(NFTA_CT_DREG, into), u32(NFTA_CT_KEY, NFT_CT_DIRECTION))
+        case Source.CLIENT_HASH:
+            return _client_hash(part, into)
+
+
+_SCRATCH_UNIT = 8  # behind every key: the address to be hashed
+
+
+def _client_hash(part: Field, into: int) -> bytes:
+    """Loads the source address aside, and its hash into the register."""
+    scratch, length = register(_SCRATCH_UNIT), ADDRESS_LENGTH[part.family]
+    offset = _OFFSET[part.family, Source.SADDR]
+    return _payload(scratch, NFT_PAYLOAD_NETWORK_HEADER, offset, length) + _expression(
+        "hash",
+        u32(NFTA_HASH_SREG, scratch),
+        u32(NFTA_HASH_DREG, into),
+        u32(NFTA_HASH_LEN, length),
+        u32(NFTA_HASH_MODULUS, part.modulus),
+        u32(NFTA_HASH_SEED, part.seed),
+        u32(NFTA_HASH_TYPE, NFT_HASH_JENKINS),
+    )
 
 
 def _payload(into: int, base: int, offset: int, length: int) -> bytes:

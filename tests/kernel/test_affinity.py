@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 import pytest
 
 from lab.world import World
-from rules.objects import Service
-from rules.tables import AFFINITY_SIZE, SETS, remember
+from rules.frontends import destination_key
+from rules.netlink.batch import Batch
+from rules.objects import UDP, Service, parse_address
+from rules.tables import AFFINITY_SIZE, SETS, TABLE, remember
+from rules.target import target_of
 from tests import manifest
 from tests.kernel.conftest import (
     CLIENTS,
@@ -50,6 +55,7 @@ def neighbour(net: Net, **fields: Any) -> Service:
         ports=ports,
         type="ClusterIP",
         externalIPs=[],
+        ingress=[],
         **fields,
     )
 
@@ -494,3 +500,109 @@ def test_the_map_has_the_size_that_is_documented(proxy: Start, net: Net) -> None
     p.put(sticky(net), net.slice("pod-1"))
     assert SETS[net.family].affinity.size == AFFINITY_SIZE
     p.check()
+
+
+# --- a map that is full --------------------------------------------------------------------------
+
+
+def fill(p: Proxy, family: int, of: Service) -> None:
+    """The map of a family as a flood leaves it: full of clients of one Service."""
+    owner = SETS[family].affinity
+    destination = destination_key(of.cluster_ips[0], UDP, 80)
+    length = len(of.cluster_ips[0])
+    target = target_of(bytes(length), 9)
+    first = int.from_bytes(parse_address("198.18.0.0" if family == 4 else "2001:db8:f::"), "big")
+    have = len(p.kernel.elements(owner))
+    batch = Batch()
+    batch.add_elements(
+        TABLE,
+        owner,
+        (
+            ((first + number).to_bytes(length, "big") + destination, target)
+            for number in range(AFFINITY_SIZE - have)
+        ),
+    )
+    p.kernel.send(batch)
+
+
+def expect_full(p: Proxy, family: int) -> None:
+    """A dump may miss elements while the map's hash table is rebuilt, so it is tried again."""
+    owner = SETS[family].affinity
+    assert any(len(p.kernel.elements(owner)) == AFFINITY_SIZE for _ in range(20))
+
+
+def flood(net: Net, world: World, where: tuple[str, int], clients: int) -> None:
+    """A datagram from each of so many clients, which one pod invents."""
+    base = int(ipaddress.ip_address("198.18.0.0" if net.family == 4 else "2001:db8:f::"))
+    family = socket.AF_INET if net.family == 4 else socket.AF_INET6
+    ports = struct.pack("!HHHH", 9999, where[1], 8, 0)
+    server = net.packed(where[0])
+    with world.run("pod-6", socket.socket, family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
+        for number in range(clients):
+            source = (base + AFFINITY_SIZE + number).to_bytes(len(server), "big")
+            if net.family == 4:
+                head = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0)
+                packet = head + source + server + ports
+            else:
+                total = source + server + struct.pack("!II", 8, 17) + ports
+                words = sum(struct.unpack(f"!{len(total) // 2}H", total))
+                while words >> 16:
+                    words = (words & 0xFFFF) + (words >> 16)
+                udp = ports[:6] + struct.pack("!H", ~words & 0xFFFF)
+                packet = struct.pack("!IHBB", 0x60000000, 8, 17, 64) + source + server + udp
+            sender.sendto(packet, (where[0], 0))
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_flood_to_one_service_does_not_move_the_clients_of_another(
+    proxy: Start, net: Net, crowd: Crowd, frontend: str
+) -> None:
+    """The map is full, so new clients are not remembered: they are placed by their address."""
+    p = proxy(cluster_cidr=CLUSTER_CIDR)
+    flooded = neighbour(net)
+    p.put(flooded, net.slice("pod-6", service="neighbour"))
+    p.put(sticky(net), net.slice(*ENDPOINTS[:3], "pod-5", "remote-2"))
+    half = crowd.addresses[: MANY // 2]
+    before = Crowd(net, half).ask(net.at(frontend))
+    fill(p, net.family, flooded)
+    # one client more meets the full map, which the flood itself would do, too
+    net.server("client", (net.other_cluster_ip, 80), "tcp")
+    first = crowd.ask(net.at(frontend))
+    assert {c: first[c] for c in half} == before  # those remembered stay
+    assert len(set(first.values())) > 1
+    for _ in range(3):
+        assert crowd.ask(net.at(frontend)) == first
+    expect_full(p, net.family)
+
+
+def test_without_a_flood_before_a_client_that_meets_a_full_map_moves_at_most_once(
+    proxy: Start, net: Net, crowd: Crowd
+) -> None:
+    p = proxy(cluster_cidr=CLUSTER_CIDR)
+    service = sticky(net)
+    p.put(service, net.slice(*ENDPOINTS))
+    fill(p, net.family, service)
+    crowd.ask(net.at("cluster-ip"))
+    second = crowd.ask(net.at("cluster-ip"))
+    for _ in range(3):
+        assert crowd.ask(net.at("cluster-ip")) == second
+
+
+def test_a_pod_that_invents_clients_fills_the_map_and_moves_no_others(
+    proxy: Start, net: Net, world: World, crowd: Crowd
+) -> None:
+    """With real packets; the map is as good as full before, as 65,536 of them take long."""
+    p = proxy(cluster_cidr=CLUSTER_CIDR)
+    flooded = neighbour(net)
+    p.put(flooded, net.slice("pod-6", service="neighbour"))
+    p.put(sticky(net), net.slice(*ENDPOINTS))
+    fill(p, net.family, flooded)
+    free = sorted(p.kernel.elements(SETS[net.family].affinity).items())[:500]
+    batch = Batch()
+    batch.delete_elements(TABLE, SETS[net.family].affinity, free)
+    p.kernel.send(batch)
+    flood(net, world, (net.other_cluster_ip, 80), 1000)
+    expect_full(p, net.family)
+    first = crowd.ask(net.at("cluster-ip"))
+    for _ in range(3):
+        assert crowd.ask(net.at("cluster-ip")) == first

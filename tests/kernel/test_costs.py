@@ -30,8 +30,8 @@ RULES = 1093
 """The rules of one family's table while no Service asks for session affinity and pods of this node
 cannot be told from others. All of them but 25 choose endpoints, over the 32 widths."""
 
-MOST_RULES = 1779
-"""The rules with both, one timeout being asked for; every other timeout adds three."""
+MOST_RULES = 2493
+"""The rules with both, one timeout being asked for; every other timeout adds four."""
 
 PER_SLICE, MOST_SLICES = 1000, 4
 ADDRESSES = 6  # cluster IP, external IP and node port, in both families
@@ -265,7 +265,7 @@ def test_the_rules_with_session_affinity_do_not_depend_on_services_either(bare_w
         config = {"clientIP": {"timeoutSeconds": 600}}
         proxy.put(web(sessionAffinity="ClientIP", sessionAffinityConfig=config))
         for family in FAMILIES:
-            assert _rules_in_kernel(proxy, family) == MOST_RULES + 3
+            assert _rules_in_kernel(proxy, family) == MOST_RULES + 4
         proxy.check()
         proxy.kernel.remove()
 
