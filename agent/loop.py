@@ -132,7 +132,7 @@ class Loop:
         self._ahead = ahead
         self._flows = flows or Flows(log)
         self._recorder, self._heartbeat, self._report_health_checks = reports or Reports()
-        self._expects_node = expects_node
+        self._expects_node = state.local.expected = expects_node
         self._queue: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
         self._load_until = time.monotonic() + LOAD_SECONDS
         self._synced = False
@@ -182,7 +182,7 @@ class Loop:
                     self._take(events, at)
         unknown = self._expects_node and self._synced and self.state.node is None
         self._heartbeat.eligible(not self.state.node_leaving and not unknown)
-        self._report_notices()
+        self._report_problems()
         if going and self._complete and self._due():
             self._program()
         return going
@@ -224,10 +224,14 @@ class Loop:
     def _due(self) -> bool:
         return self._retry_at is None or time.monotonic() >= self._retry_at
 
-    def _report_notices(self) -> None:
-        for notice in self.state.notices:
-            self._log.warning(notice.event, subject=notice.subject, detail=notice.detail)
-        self.state.notices.clear()
+    def _report_problems(self) -> None:
+        opened, closed, omitted = self.state.problems.collect(time.time())
+        for problem in opened:
+            self._log.warning(problem.code, **problem.fields, problem=problem.text)
+        for problem in closed:
+            self._log.info(problem.code, **problem.fields, closed=True)
+        if omitted:
+            self._log.warning("problems_omitted", count=omitted, open=self.state.problems.counts())
 
     # programming
 
@@ -263,7 +267,7 @@ class Loop:
             self._heartbeat.programmed()
             self._report_health_checks(self.state.health_checks)
             self._recorder.local_endpoints_missing(self.state.lacking)
-        self._report_notices()
+        self._report_problems()
 
     def _note_full(self, error: Full) -> None:
         self._log.info("map_full", map=error.subject)

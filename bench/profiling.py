@@ -110,7 +110,7 @@ def one_start(size: Size, *, profiled: bool) -> dict[str, Any]:
         result = {"elements": elements, **_changes(cluster, reflectors, state, kernel, stages)}
         again = State(Settings(node=NODE).options())
         again.services, again.slices = state.services, state.slices
-        again.node, again.service_cidrs = state.node, state.service_cidrs
+        again.local = state.local
         again._dirty.update(state.services)
         stages.run("read back and compare", lambda: again.resync(reader(kernel)))
         kernel.remove()

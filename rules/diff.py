@@ -1,11 +1,12 @@
 """Have and want: the change, in the order that one transaction needs.
 
-Two ways lead to a change, and tests hold them against each other:
+Two functions lead to a change, and tests hold them against each other:
 
-- `advance` goes from what one frontend was given last to what it wants now. It costs what the
-  frontend's list is long and is the way of every ordinary change.
-- `between` compares all elements of a table with all that should be there. It is the way of a
-  start, of a repair, and of every doubt: it needs no trust in what was written before.
+- `advance` goes from what one frontend was given last to what it wants now. Every ordinary change
+  takes this path. It is linear in the endpoints of a Service port, once for all its frontends
+  (`Shared`), and in the elements that change.
+- `between` compares all elements of a table with all that should be there. Used at startup, for
+  repairs and after errors: it assumes nothing about earlier writes.
 
 A transaction deletes first and adds afterwards, because an element with other data under the same
 key is deleted and added. Slots make that rare: see `rules.slots`.
@@ -14,13 +15,13 @@ key is deleted and added. Slots make that rare: see `rules.slots`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from rules.language import Set
-from rules.program import Claim, Owned, Wanted
+from rules.program import Claim, SetElement, Wanted
 from rules.slots import LADDER, Slots, assign, fitting
 from rules.stale_flows import Serving, must_look
 from rules.tables import PLAIN, SETS, balancer, width_of
@@ -68,6 +69,10 @@ class Installed(msgspec.Struct, frozen=True):
     inside: Slots
     inside_width: int
 
+    def slots_for(self, *, inside: bool) -> Slots:
+        """The list that serves a client, which is inside this node or is not."""
+        return self.inside if inside and self.wanted.inside is not None else self.slots
+
 
 class Lists(NamedTuple):
     """The slots and widths that a frontend has, as far as known: where new ones start from."""
@@ -81,10 +86,63 @@ class Lists(NamedTuple):
 _EMPTY = Lists()
 
 
-def install(wanted: Wanted, before: Lists = _EMPTY) -> Installed:
+class Move(NamedTuple):
+    """A slot whose endpoint changes; None where the slot is not there before or after."""
+
+    slot: int
+    before: Target | None
+    after: Target | None
+
+
+class Shared:
+    """What frontends with the same lists need only once in one step.
+
+    The frontends of a Service port have one list of endpoints, and as long as they have the same
+    slots too, these are one object. So results are found by the identity of their arguments.
+    """
+
+    def __init__(self) -> None:
+        # the arguments are kept with the result, so that no other object gets their identity
+        self._slots: dict[tuple[int, int], tuple[Slots, Sequence[Target], Slots]] = {}
+        self._moves: dict[tuple[int, int], tuple[Slots, Slots, tuple[Move, ...]]] = {}
+
+    def assign(self, before: Slots, wanted: Sequence[Target]) -> Slots:
+        """`slots.assign`."""
+        if not before:  # the wanted endpoints themselves, one object already
+            return assign(before, wanted)
+        key = id(before), id(wanted)
+        known = self._slots.get(key)
+        if known is None:
+            known = self._slots[key] = before, wanted, assign(before, wanted)
+        return known[2]
+
+    def moves(self, old: Slots, new: Slots) -> tuple[Move, ...]:
+        """The slots that change between two lists that are not empty, in their order."""
+        if old is new:
+            return ()
+        key = id(old), id(new)
+        known = self._moves.get(key)
+        if known is None:
+            known = self._moves[key] = old, new, tuple(_moves(old, new))
+        return known[2]
+
+
+def _moves(old: Slots, new: Slots) -> Iterator[Move]:
+    common = min(len(old), len(new))
+    for index in range(common):
+        if old[index] != new[index]:
+            yield Move(index, old[index], new[index])
+    for index in range(common, len(old)):
+        yield Move(index, old[index], None)
+    for index in range(common, len(new)):
+        yield Move(index, None, new[index])
+
+
+def install(wanted: Wanted, before: Lists = _EMPTY, shared: Shared | None = None) -> Installed:
     """Gives every endpoint a slot and each list its width, keeping what it can of `before`."""
-    slots = assign(before.slots, wanted.endpoints)
-    inside = assign(before.inside, wanted.inside) if wanted.inside is not None else ()
+    shared = shared or Shared()
+    slots = shared.assign(before.slots, wanted.endpoints)
+    inside = shared.assign(before.inside, wanted.inside) if wanted.inside is not None else ()
     return Installed(
         wanted,
         slots,
@@ -101,7 +159,7 @@ def lists_of(installed: Installed | None) -> Lists:
     return Lists(installed.slots, installed.width, installed.inside, installed.inside_width)
 
 
-def elements(claim: Claim, installed: Installed) -> Iterator[Owned]:
+def elements(claim: Claim, installed: Installed) -> Iterator[SetElement]:
     """Every element that a frontend has in the kernel."""
     yield from _verdicts(claim, installed)
     for slots, inside in ((installed.slots, False), (installed.inside, True)):
@@ -112,20 +170,41 @@ def elements(claim: Claim, installed: Installed) -> Iterator[Owned]:
 
 
 def advance(
-    claim: Claim, before: Installed | None, after: Installed | None, change: Change
+    claim: Claim,
+    before: Installed | None,
+    after: Installed | None,
+    change: Change,
+    shared: Shared | None = None,
 ) -> None:
     """Adds to `change` what leads one frontend from `before` to `after`."""
+    shared = shared or Shared()
     _advance_verdicts(claim, before, after, change)
     old, new = lists_of(before), lists_of(after)
-    _advance_slots(_endpoint_map(claim, inside=False), claim.key, old.slots, new.slots, change)
-    _advance_slots(_endpoint_map(claim, inside=True), claim.key, old.inside, new.inside, change)
+    lost = False
+    for inside, had_slots, has_slots in (
+        (False, old.slots, new.slots),
+        (True, old.inside, new.inside),
+    ):
+        owner = _endpoint_map(claim, inside=inside)
+        if had_slots and has_slots:
+            moves = shared.moves(had_slots, has_slots)
+            _move(owner, claim.key, moves, change)
+            lost = lost or _loses(moves)
+        else:
+            lost = lost or bool(had_slots)
+            for index, target in enumerate(had_slots):
+                change.remove(owner, claim.key + _slot(index), target)
+            for index, target in enumerate(has_slots):
+                change.add(owner, claim.key + _slot(index), target)
     had = before.wanted.elements if before else frozenset()
     wants = after.wanted.elements if after else frozenset()
     for element in had - wants:
         change.remove(*element)
     for element in wants - had:
         change.add(*element)
-    _forget(claim, before, after, change)
+    # sticky clients must not be sent where a list no longer leads
+    if before and before.wanted.sticky and (lost or not after or not after.wanted.sticky):
+        change.stale_affinity.add(claim.verdicts.family)
     note_served(claim, before, after, change)
 
 
@@ -138,7 +217,7 @@ def note_served(
         change.stale_udp[claim] = served
 
 
-def _verdicts(claim: Claim, installed: Installed) -> Iterator[Owned]:
+def _verdicts(claim: Claim, installed: Installed) -> Iterator[SetElement]:
     wanted = installed.wanted
     node_port = not wanted.frontend.address
     yield (
@@ -187,34 +266,18 @@ def _slot(index: int) -> bytes:
     return index.to_bytes(4, sys.byteorder)
 
 
-def _advance_slots(owner: Set, key: Key, old: Slots, new: Slots, change: Change) -> None:
-    if old is new:
-        return
-    common = min(len(old), len(new))
-    for index in range(common):
-        if old[index] != new[index]:
-            slot = key + _slot(index)
-            change.remove(owner, slot, old[index])
-            change.add(owner, slot, new[index])
-    for index in range(common, len(old)):
-        change.remove(owner, key + _slot(index), old[index])
-    for index in range(common, len(new)):
-        change.add(owner, key + _slot(index), new[index])
+def _move(owner: Set, key: Key, moves: tuple[Move, ...], change: Change) -> None:
+    for index, old, new in moves:
+        slot = key + _slot(index)
+        if old is not None:
+            change.remove(owner, slot, old)
+        if new is not None:
+            change.add(owner, slot, new)
 
 
-def _forget(
-    claim: Claim, before: Installed | None, after: Installed | None, change: Change
-) -> None:
-    """Sticky clients must not be sent where a list no longer leads."""
-    if before is None or not before.wanted.sticky:
-        return
-    if (
-        after is None
-        or not after.wanted.sticky
-        or not set(after.slots).issuperset(before.slots)
-        or not set(after.inside).issuperset(before.inside)
-    ):
-        change.stale_affinity.add(claim.verdicts.family)
+def _loses(moves: tuple[Move, ...]) -> bool:
+    """Whether an endpoint is in no slot any more."""
+    return bool({m.before for m in moves} - {m.after for m in moves} - {None})
 
 
 # --- everything against everything --------------------------------------------------------------
@@ -236,7 +299,7 @@ def between(have: Elements, want: Elements) -> Change:
     return change
 
 
-def collected(owned: Iterable[Owned]) -> dict[Set, dict[Key, Value]]:
+def collected(owned: Iterable[SetElement]) -> dict[Set, dict[Key, Value]]:
     """Elements by set and key."""
     result: dict[Set, dict[Key, Value]] = {}
     for owner, key, value in owned:

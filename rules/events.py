@@ -42,4 +42,14 @@ class NodeAddresses(NamedTuple):
     primary: tuple[Address, ...]
 
 
-Event = Upsert | Delete | Synced | NodeAddresses
+class ApiServers(NamedTuple):
+    """Where the source reaches the API server: packed addresses and TCP ports, all of them.
+
+    External addresses of Services that equal one of these are refused: they would cut the agent
+    off from the only source that can take them back.
+    """
+
+    endpoints: frozenset[tuple[Address, int]]
+
+
+Event = Upsert | Delete | Synced | NodeAddresses | ApiServers

@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from rules.diff import Elements
 from rules.endpoint_report import QuestionError, port_text
-from rules.frontends import Frontend, Kind, destination_key
+from rules.frontends import Frontend, Kind
+from rules.lookup import Destination, claim_met, node_port_claim
 from rules.objects import (
     PROTOCOL_NAMES,
     PROTOCOLS,
@@ -38,36 +40,14 @@ from rules.state import State
 from rules.tables import SETS
 from rules.target import target_of, target_text
 from rules.trace import (
-    Elements,
+    Branch,
     End,
     Packet,
     Step,
     Trace,
     UnknownChain,
-    Way,
     trace,
 )
-
-
-class Destination(NamedTuple):
-    """What is asked about: a packed address, an IP protocol number and a port."""
-
-    address: Address
-    protocol: int
-    port: int
-
-    @property
-    def family(self) -> int:
-        """4 or 6."""
-        return 4 if len(self.address) == 4 else 6
-
-    def __str__(self) -> str:
-        return f"{self.where}/{PROTOCOL_NAMES[self.protocol]}"
-
-    @property
-    def where(self) -> str:
-        """Address and port, without the protocol."""
-        return target_text(target_of(self.address, self.port))
 
 
 class EndpointList(msgspec.Struct, frozen=True):
@@ -83,7 +63,7 @@ class Answering(msgspec.Struct, frozen=True):
 
     `inside` is the list for clients inside this node where it is another one.
     `affinity_seconds` is 0 without session affinity. `source_ranges` are those that guard this
-    very address. `lost_by` are Services that want the address too and are younger.
+    very address. `lost_by` are Services that claim the address too (`rules.claims`).
     """
 
     service: str
@@ -176,13 +156,18 @@ def explain(
     else:
         askers = [_one(state, target, from_address, used)]
     return Explanation(
-        str(target),
+        destination_text(target),
         answering,
         "" if answering else _why_not(state, target, used),
         tuple(_asked(state, target, asker, used) for asker in askers),
         tuple(_notes(state, target)),
         elements is not None,
     )
+
+
+def destination_text(where: Destination) -> str:
+    """Address, port and protocol as people write them: 10.96.0.10:53/udp."""
+    return f"{target_text(target_of(where.address, where.port))}/{PROTOCOL_NAMES[where.protocol]}"
 
 
 def with_article(noun: str) -> str:
@@ -224,14 +209,8 @@ def _parse_address(text: str, how: str) -> Address:
 
 def _claim(state: State, target: Destination, elements: Elements) -> Claim | None:
     """The claim by which a Service has the address, in the order in which the rules look."""
-    sets = SETS[target.family]
-    by_address = Claim(sets.service_ips, destination_key(*target))
-    if state.holder(by_address):
-        return by_address
-    by_port = Claim(sets.service_nodeports, destination_key(b"", target.protocol, target.port))
-    if target.address in elements.get(sets.nodeport_ips, {}) and state.holder(by_port):
-        return by_port
-    return None
+    node_ports = elements.get(SETS[target.family].nodeport_ips, {})
+    return claim_met(target, node_ports.__contains__, state.installed)
 
 
 # --- what should be -----------------------------------------------------------------------------
@@ -256,11 +235,7 @@ def _answering(state: State, claim: Claim) -> Answering | None:
         _list("Cluster", lists.cluster) if both else None,
         service.affinity_seconds,
         tuple(map(str, _guarding(service, frontend))),
-        tuple(
-            str(name)
-            for name, program in sorted(state.programs.items())
-            if claim in program.wanted and name != holder
-        ),
+        tuple(str(name) for name in state.claims.claimants(claim) if name != holder),
     )
 
 
@@ -344,11 +319,13 @@ def _no_node_port(state: State, target: Destination, elements: Elements) -> Iter
     sets = SETS[target.family]
     answering = [address_text(a) for a in sorted(elements.get(sets.nodeport_ips, {}))]
     port = f"{target.port}/{PROTOCOL_NAMES[target.protocol]}"
-    claim = Claim(sets.service_nodeports, destination_key(b"", target.protocol, target.port))
+    claim = node_port_claim(target)
     if address_text(target.address) in answering:
         yield f"it is an address of this node, but no Service has node port {port}"
     elif holder := state.holder(claim):
-        own = target.address in _own(state) or ipaddress.ip_address(target.address).is_loopback
+        own = (
+            target.address in state.local.own() or ipaddress.ip_address(target.address).is_loopback
+        )
         at = ", ".join(answering) or "no address"
         if own:
             yield (
@@ -391,18 +368,14 @@ class _Asker(NamedTuple):
     interface: str = ""
 
 
-def _own(state: State) -> frozenset[Address]:
-    """All known addresses of this node."""
-    declared = state.node.addresses if state.node else ()
-    return state.addresses.addresses | {*state.surroundings().node_addresses, *declared}
-
-
 def _one(state: State, target: Destination, text: str, elements: Elements) -> _Asker:
     """The asker that has this address."""
     address = _parse_address(text, "write it like 10.244.1.7 or fd00::7")
     if len(address) != len(target.address):
-        raise QuestionError(f"{text} cannot ask {target}: one is IPv4 and the other IPv6")
-    if address in _own(state):
+        raise QuestionError(
+            f"{text} cannot ask {destination_text(target)}: one is IPv4 and the other IPv6"
+        )
+    if address in state.local.own():
         return _Asker(NODE, address)
     if _told(address, target.family, elements) or address in _local_endpoints(state):
         return _Asker(POD, address, state.options.interface)
@@ -430,7 +403,7 @@ def _everybody(
     yield _Asker(NODE, _node_address(state, target))
     ranges = _ranges(state, claim, family)
     yield _Asker(OUTSIDE, _outsider(state, family, ranges))
-    ours = (_own(state) | _local_endpoints(state)) if ranges else frozenset()
+    ours = (state.local.own() | _local_endpoints(state)) if ranges else frozenset()
     for address in chain.from_iterable(map(_some_of, ranges)):
         if address not in ours and not _told(address, family, elements):
             yield _Asker(ADMITTED, address)
@@ -448,7 +421,7 @@ def _ranges(state: State, claim: Claim | None, family: int) -> list[Network]:
 
 def _node_address(state: State, target: Destination) -> Address:
     """The address with which the node asks: for its own addresses, the one that is asked."""
-    if target.address in _own(state):
+    if target.address in state.local.own():
         return target.address
     for address in state.surroundings().node_addresses:
         if len(address) == len(target.address):
@@ -459,7 +432,7 @@ def _node_address(state: State, target: Destination) -> Address:
 def _some_pod(state: State, family: int, elements: Elements) -> Address:
     """An address that a pod of this node could have, preferably of none that there is."""
     cidrs = (*(state.node.pod_cidrs if state.node else ()), *state.options.cluster_cidrs)
-    taken = {endpoint.address for _, endpoint in _all_endpoints(state)} | _own(state)
+    taken = {endpoint.address for _, endpoint in _all_endpoints(state)} | state.local.own()
     networks = [network for network in cidrs if network.version == family]
     free = [a for a in chain.from_iterable(map(_some_of, networks)) if a not in taken]
     told = (a for a in free if _told(a, family, elements))
@@ -478,14 +451,14 @@ def _outsider(state: State, family: int, ranges: list[Network]) -> Address:
     strangers = [
         a for a in _SOMEWHERE[family] if not any(ipaddress.ip_address(a) in n for n in ranges)
     ]
-    return next((a for a in strangers if a not in _own(state)), _SOMEWHERE[family][0])
+    return next((a for a in strangers if a not in state.local.own()), _SOMEWHERE[family][0])
 
 
 # --- what is ------------------------------------------------------------------------------------
 
 
 def _asked(state: State, target: Destination, asker: _Asker, elements: Elements) -> Asked:
-    own = _own(state) | ({asker.address} if asker.who == NODE else set())
+    own = state.local.own() | ({asker.address} if asker.who == NODE else set())
     packet = Packet(
         asker.address,
         target.address,
@@ -506,19 +479,19 @@ def _asked(state: State, target: Destination, asker: _Asker, elements: Elements)
 
 
 def _outcome(asker: _Asker, followed: Trace) -> Asked:
-    behind = dict.fromkeys(chain.from_iterable(way.steps for way in followed.ways))
+    behind = dict.fromkeys(chain.from_iterable(branch.steps for branch in followed.branches))
     return Asked(
         asker.who,
         address_text(asker.address),
-        tuple(dict.fromkeys(way.end.value for way in followed.ways)),
-        tuple(_reached(way) for way in followed.ways if way.end is End.SENT),
-        max(way.remembered for way in followed.ways),
+        tuple(dict.fromkeys(branch.end.value for branch in followed.branches)),
+        tuple(_reached(branch) for branch in followed.branches if branch.end is End.SENT),
+        max(branch.remembered for branch in followed.branches),
         tuple(_rule_step(step) for step in (*followed.steps, *behind)),
     )
 
 
-def _reached(way: Way) -> Reached:
-    return Reached(target_text(way.target), way.slot, way.masquerade.value)
+def _reached(branch: Branch) -> Reached:
+    return Reached(target_text(branch.target), branch.slot, branch.masquerade.value)
 
 
 def _rule_step(step: Step) -> RuleStep:

@@ -7,8 +7,8 @@
 | the same, policy Local, asked from inside | the cluster list | what the node itself sends |
 
 Every frontend is a *claim* on a key of one verdict map. Two frontends with one key cannot both
-have it: within a Service the first of the table's order wins, between Services the older one
-(`rules.state` keeps the claims).
+have it: within a Service the first in the order of `frontends` has it, between Services the order
+of `rules.claims` decides.
 """
 
 from __future__ import annotations
@@ -69,35 +69,53 @@ def destination_key(address: Address, protocol: int, port: int) -> bytes:
 
 
 def frontends(service: Service, *, external_ips: bool = True) -> Iterator[Frontend]:
-    """All addresses at which the Service answers, those that win within the Service first.
+    """All addresses at which the Service answers, in the order in which they are served.
+
+    That order counts where two of them have one key, and where a Service has more of them than are
+    served (`program.MAX_ELEMENTS`): cluster IPs, node ports, load balancer IPs, external IPs, each
+    as the spec lists them.
 
     A Service answers only in the families in which it has a cluster IP: an external or load
     balancer IP of another family is left untouched. `external_ips` is false where the cluster does
     not serve `spec.externalIPs` (feature gate AllowServiceExternalIPs, KEP-5707).
     """
+    for kind, addresses, local in _addresses(service, external_ips=external_ips):
+        for address in addresses:
+            family = FAMILY_OF_LENGTH[len(address)]
+            for port in service.ports:
+                yield Frontend(kind, family, address, port.protocol, port.port, port, local)
+        if kind is Kind.CLUSTER_IP:
+            yield from _node_ports(service)
+
+
+def _addresses(
+    service: Service, *, external_ips: bool
+) -> Iterator[tuple[Kind, tuple[Address, ...], bool]]:
+    """The addresses by kind, and whether their traffic policy is Local."""
     if not service.proxied:
         return
-    families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
+    lengths = {len(address) for address in service.cluster_ips}
     for kind, addresses, local in (
         (Kind.CLUSTER_IP, service.cluster_ips, service.internal_local),
         (Kind.LOAD_BALANCER_IP, service.load_balancer_ips, service.external_local),
         (Kind.EXTERNAL_IP, service.external_ips if external_ips else (), service.external_local),
     ):
-        for address in addresses:
-            family = FAMILY_OF_LENGTH[len(address)]
-            if family not in families:
-                continue
-            for port in service.ports:
-                yield Frontend(kind, family, address, port.protocol, port.port, port, local)
+        yield kind, tuple(a for a in addresses if len(a) in lengths), local
+
+
+def _node_ports(service: Service) -> Iterator[Frontend]:
+    """A node port answers in every family in which the Service has a cluster IP."""
+    local = service.external_local
+    families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
     for family in FAMILIES:
         for port in service.ports if family in families else ():
-            if port.node_port:
-                yield Frontend(
-                    Kind.NODE_PORT,
-                    family,
-                    b"",
-                    port.protocol,
-                    port.node_port,
-                    port,
-                    service.external_local,
-                )
+            if number := port.node_port:
+                yield Frontend(Kind.NODE_PORT, family, b"", port.protocol, number, port, local)
+
+
+def frontend_count(service: Service, *, external_ips: bool = True) -> int:
+    """How many frontends a Service has, found without making them."""
+    addresses = sum(len(a) for _, a, _ in _addresses(service, external_ips=external_ips))
+    families = {len(address) for address in service.cluster_ips if service.proxied}
+    node_ports = sum(bool(port.node_port) for port in service.ports)
+    return addresses * len(service.ports) + len(families) * node_ports

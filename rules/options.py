@@ -28,7 +28,8 @@ class Options(msgspec.Struct, frozen=True):
     address per family if `node_port_primary`, and on its addresses in `node_port_networks`.
     `interface` is the bridge's name or the prefix, as the mode has it. `address` is the node's
     primary address of its family, whatever its Node says. Unless `allow_external_ips`, the
-    `externalIPs` of Services are not served (KEP-5707).
+    `externalIPs` of Services are not served (KEP-5707). `api_servers` are the addresses
+    and ports of the API server, which no Service may take; the event `ApiServers` replaces them.
     """
 
     node: str
@@ -43,6 +44,7 @@ class Options(msgspec.Struct, frozen=True):
     node_port_networks: tuple[Network, ...] = ()
     address: Address | None = None
     allow_external_ips: bool = True
+    api_servers: frozenset[tuple[Address, int]] = frozenset()
 
 
 def in_networks(address: bytes, networks: tuple[Network, ...]) -> bool:

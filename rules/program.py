@@ -1,7 +1,8 @@
 """What one Service wants in the kernel.
 
-A Service is programmed from nothing but itself, its slices and where this node stands, so a change
-costs what the Service is large and nothing of what the cluster is. The result has two parts:
+A Service is programmed from nothing but itself, its slices and this node's name, zone and options,
+so the cost of a change depends on the size of the Service, not of the cluster; and that size is
+bounded (MAX_ELEMENTS, MAX_FRONTENDS). The result has two parts:
 `Wanted`, one per frontend, whose elements all belong to that frontend's key; and `shared`
 elements, which several Services may want and which therefore are counted.
 """
@@ -9,14 +10,15 @@ elements, which several Services may want and which therefore are counted.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from rules.frontends import Frontend, Kind, frontends
+from rules.frontends import FAMILY_OF_LENGTH, Frontend, Kind, frontend_count, frontends
 from rules.language import Set
-from rules.objects import UDP, Address, Endpoint, EndpointSlice, Service
+from rules.objects import TCP, UDP, Address, Endpoint, EndpointSlice, Service
+from rules.problems import API_SERVER_ADDRESS, TOO_MANY_ELEMENTS, TOO_MANY_ENDPOINTS, listed
 from rules.selection import (
     NodeLocation,
     Selection,
@@ -25,15 +27,24 @@ from rules.selection import (
     local_list,
     serving,
 )
+from rules.slots import MAX_ENDPOINTS
 from rules.tables import CLUSTER, MASQUERADE, PLAIN, SETS, remember
 from rules.target import Target, address_of
 from rules.text import Key, Value
 
 _T = TypeVar("_T")
 
-Owned = tuple[Set, Key, Value]
+SetElement = tuple[Set, Key, Value]
 """An element with the set it belongs to."""
 
+
+MAX_ELEMENTS = 1 << 18
+"""So many elements one Service may have in the kernel, 262,144: four full lists of endpoints, or
+10,000 endpoints at 26 addresses and ports. What is beyond is not served, by whole frontends in the
+order of `frontends.frontends`: the first that does not fit, and all behind it."""
+
+MAX_FRONTENDS = 8192
+"""So many addresses and ports of one Service are served, in the same order."""
 
 _NONE: frozenset[Any] = frozenset()  # Python makes a new one, of 216 bytes, each time it is asked
 
@@ -41,8 +52,9 @@ _NONE: frozenset[Any] = frozenset()  # Python makes a new one, of 216 bytes, eac
 class Surroundings(NamedTuple):
     """What a Service's program depends on besides the Service: the node and the options.
 
-    `tells_pods` holds the families in which pods of this node can be told from others;
-    `external_ips` says whether external IPs are served at all.
+    `tells_pods` holds the families in which the rules identify pods of this node. `external_ips`
+    says whether external IPs are served at all. `api_servers` are the addresses and TCP ports of
+    the API server.
     """
 
     place: NodeLocation
@@ -50,6 +62,7 @@ class Surroundings(NamedTuple):
     masquerade_all: bool = False
     tells_pods: frozenset[int] = frozenset()
     external_ips: bool = True
+    api_servers: frozenset[tuple[Address, int]] = frozenset()
 
 
 class Claim(NamedTuple):
@@ -73,21 +86,30 @@ class Wanted(msgspec.Struct, frozen=True):
     sticky: bool
     endpoints: tuple[Target, ...]
     inside: tuple[Target, ...] | None
-    elements: frozenset[Owned]
+    elements: frozenset[SetElement]
     serving: frozenset[Target] = _NONE
+
+    @property
+    def size(self) -> int:
+        """How many elements the frontend has in the kernel."""
+        inside = 0 if self.inside is None else 1 + min(len(self.inside), MAX_ENDPOINTS)
+        return 1 + min(len(self.endpoints), MAX_ENDPOINTS) + inside + len(self.elements)
 
 
 class Program(msgspec.Struct, frozen=True):
-    """What one Service wants. `shared` has no element twice.
+    """What one Service wants. `shared` has no element twice. `created` is the Service's.
+    `problems` are codes and texts of `rules.problems`.
 
     It needs rules that exist only while a Service does: `affinity` holds (family, seconds) of its
     session affinity, `guarded` the families in which loadBalancerSourceRanges guard an address.
     """
 
     wanted: dict[Claim, Wanted]
-    shared: tuple[Owned, ...]
+    shared: tuple[SetElement, ...]
     affinity: frozenset[tuple[int, int]] = _NONE
     guarded: frozenset[int] = _NONE
+    created: str = ""
+    problems: tuple[tuple[str, str], ...] = ()
 
 
 NOTHING = Program({}, ())
@@ -124,29 +146,98 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
     slices = tuple(slices)
     lists: dict[tuple[int, str, int], PortLists] = {}
     wanted: dict[Claim, Wanted] = {}
-    shared: dict[Owned, None] = {}
+    shared: dict[SetElement, None] = {}
     affinity: set[tuple[int, int]] = set()
     guarded: set[int] = set()
+    refused: list[str] = []
+    size, excess = 0, False
+    if service.proxied:  # also without a usable port: an unknown port of a cluster IP is rejected
+        for address in service.cluster_ips:
+            shared[SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips, address, None] = None
     for frontend in frontends(service, external_ips=around.external_ips):
         claim = claim_of(frontend)
         if claim in wanted:
+            continue
+        if _is_api_server(frontend, around):
+            refused.append(str(frontend))
             continue
         port = frontend.service_port
         lists_key = (frontend.family, port.name, port.protocol)
         if lists_key not in lists:
             lists[lists_key] = port_lists(frontend, slices, around.place)
-        wanted[claim] = _wanted(service, frontend, lists[lists_key], around)
+        item = _wanted(service, frontend, lists[lists_key], around)
+        size += item.size
+        excess = size > MAX_ELEMENTS or len(wanted) == MAX_FRONTENDS
+        if excess:
+            break
+        wanted[claim] = item
         if service.affinity_seconds:
             affinity.add((frontend.family, service.affinity_seconds))
             if frontend.address:
                 shared[SETS[frontend.family].sticky_addresses, frontend.address, None] = None
         if _is_guarded(service, frontend):
             guarded.add(frontend.family)
-        if frontend.kind is Kind.CLUSTER_IP:
-            shared[SETS[frontend.family].cluster_ips, frontend.address, None] = None
     for (family, _, _), of_port in lists.items():
         shared.update(dict.fromkeys(_hairpins(family, of_port, around.place.node)))
-    return Program(wanted, tuple(shared), _frozen(affinity), _frozen(guarded))
+    problems = [
+        *_refusals(refused),
+        *_excess(service, around, len(wanted), excess=excess),
+        *_cuts(lists),
+    ]
+    return Program(
+        wanted,
+        tuple(shared),
+        _frozen(affinity),
+        _frozen(guarded),
+        service.created,
+        tuple(problems),
+    )
+
+
+def _is_api_server(frontend: Frontend, around: Surroundings) -> bool:
+    """Whether an external address would take over the API server's."""
+    return (
+        bool(around.api_servers)
+        and frontend.external
+        and frontend.protocol == TCP
+        and (frontend.address, frontend.port) in around.api_servers
+    )
+
+
+def _refusals(refused: list[str]) -> Iterator[tuple[str, str]]:
+    if refused:
+        yield (
+            API_SERVER_ADDRESS,
+            f"not served, because the API server is there: {listed(refused)}; remove the address "
+            "from the Service's externalIPs or its load balancer",
+        )
+
+
+def _excess(
+    service: Service, around: Surroundings, served: int, *, excess: bool
+) -> Iterator[tuple[str, str]]:
+    if excess:
+        count = frontend_count(service, external_ips=around.external_ips)
+        yield (
+            TOO_MANY_ELEMENTS,
+            f"{count - served} of {count} addresses and ports "
+            f"are not served: a Service may have {MAX_FRONTENDS} of them and {MAX_ELEMENTS} "
+            "elements; cluster IPs are served first, then node ports, load balancer IPs, external "
+            "IPs; split the Service",
+        )
+
+
+def _cuts(lists: Mapping[tuple[int, str, int], PortLists]) -> Iterator[tuple[str, str]]:
+    most = max(
+        (len(s.targets) for found in lists.values() for s in (found.cluster, found.local)),
+        default=0,
+    )
+    if most > MAX_ENDPOINTS:
+        yield (
+            TOO_MANY_ENDPOINTS,
+            f"a port has {most} endpoints and {MAX_ENDPOINTS} of them are used, those of the "
+            "EndpointSlices with the first names; split the Service",
+        )
 
 
 def _frozen(items: Collection[_T]) -> frozenset[_T]:
@@ -160,7 +251,7 @@ def claim_of(frontend: Frontend) -> Claim:
     return Claim(verdicts, frontend.key)
 
 
-def _hairpins(family: int, lists: PortLists, node: str) -> Iterator[Owned]:
+def _hairpins(family: int, lists: PortLists, node: str) -> Iterator[SetElement]:
     """(address, address) of each used endpoint on this node, so that it can reach itself."""
     hairpins = SETS[family].hairpins
     for target in {*lists.cluster.targets, *lists.local.targets}:
@@ -193,7 +284,7 @@ def _style(frontend: Frontend, around: Surroundings) -> str:
     return CLUSTER if frontend.family in around.tells_pods else PLAIN
 
 
-def _answer(frontend: Frontend, lists: PortLists) -> Iterator[Owned]:
+def _answer(frontend: Frontend, lists: PortLists) -> Iterator[SetElement]:
     """The answer where a list is empty: reject if there is no endpoint anywhere, else drop."""
     sets = SETS[frontend.family]
     if not lists.cluster.targets:
@@ -202,7 +293,7 @@ def _answer(frontend: Frontend, lists: PortLists) -> Iterator[Owned]:
         yield (sets.drop_ips if frontend.address else sets.drop_nodeports), frontend.key, None
 
 
-def _guard(service: Service, frontend: Frontend, around: Surroundings) -> Iterator[Owned]:
+def _guard(service: Service, frontend: Frontend, around: Surroundings) -> Iterator[SetElement]:
     """loadBalancerSourceRanges, which guard load balancer IPs only.
 
     If the node itself may come in, packets that it sends from the load balancer's own address may
@@ -226,7 +317,7 @@ def _is_guarded(service: Service, frontend: Frontend) -> bool:
     return bool(service.source_ranges) and frontend.kind is Kind.LOAD_BALANCER_IP
 
 
-def _remembered(service: Service, frontend: Frontend) -> Owned:
+def _remembered(service: Service, frontend: Frontend) -> SetElement:
     sets = SETS[frontend.family]
     owner = sets.sticky_ips if frontend.address else sets.sticky_nodeports
     return owner, frontend.key, remember(service.affinity_seconds)

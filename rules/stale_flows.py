@@ -29,11 +29,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from rules.frontends import FAMILY_OF_LENGTH, destination_key
+from rules.lookup import Destination, NodePortAddress, claims_at
 from rules.objects import UDP, Address
 from rules.program import Claim
-from rules.tables import SETS
-from rules.target import PORT_LENGTH, Target, address_of, port_of
+from rules.target import Target, address_of, port_of
 
 
 class Flow(NamedTuple):
@@ -68,13 +67,13 @@ Current = Callable[[Claim], Serving | None]
 
 def is_udp(claim: Claim) -> bool:
     """Whether it is a claim on a UDP port."""
-    return claim.key[-2 * PORT_LENGTH] == UDP
+    return Destination.of(claim.key).protocol == UDP
 
 
 def flow_filter(claim: Claim) -> FlowFilter:
     """Where flows to this claim are sent to."""
-    key = claim.key
-    return FlowFilter(claim.verdicts.family, key[: -2 * PORT_LENGTH], port_of(key))
+    where = Destination.of(claim.key)
+    return FlowFilter(claim.verdicts.family, where.address, where.port)
 
 
 def must_look(before: Serving, after: Serving) -> bool:
@@ -83,20 +82,10 @@ def must_look(before: Serving, after: Serving) -> bool:
     return bool(before - after) or (bool(after) and not before)
 
 
-def claims_of(destination: Target, node_port_address: Callable[[Address], bool]) -> list[Claim]:
-    """The claims that a packet to this destination is looked up by, in the order of the rules."""
-    address, port = address_of(destination), port_of(destination)
-    sets = SETS[FAMILY_OF_LENGTH[len(address)]]
-    claims = [Claim(sets.service_ips, destination_key(address, UDP, port))]
-    if node_port_address(address):
-        claims.append(Claim(sets.service_nodeports, destination_key(b"", UDP, port)))
-    return claims
-
-
 def is_stale(
     flow: Flow,
     current: Current,
-    node_port_address: Callable[[Address], bool],
+    node_port_address: NodePortAddress,
     formerly: Mapping[Claim, Serving],
 ) -> bool:
     """Whether the flow must be deleted, so that its next packet is decided on anew.
@@ -107,7 +96,8 @@ def is_stale(
     translated = flow.target != flow.destination
     if flow.zone and not translated:
         return False  # another stage of the same packet's way: it may be translated in zone 0
-    claims = claims_of(flow.destination, node_port_address)
+    where = Destination(address_of(flow.destination), UDP, port_of(flow.destination))
+    claims = claims_at(where, node_port_address)
     for claim in claims:
         serving = current(claim)
         if serving is not None:

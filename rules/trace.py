@@ -22,8 +22,8 @@ Things of netfilter that matter here:
 - `goto` leaves no way back: behind the chain the packet goes on where the last `jump` was made.
 
 A random draw has many ends. The packet's way parts there: everything before is in `Trace.steps`,
-and each end is a `Way` with the steps behind it. That a draw may miss and the next rule draw again
-is one step of the chain, with all slots that can be hit.
+and each end is a `Branch` with the steps behind it. That a draw may miss and the next rule draws
+again is one step of the chain, with all slots that can be hit.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from rules import text as nft
+from rules.diff import Elements
 from rules.language import (
     Base,
     Chain,
@@ -64,10 +65,7 @@ from rules.language import (
 )
 from rules.objects import Address
 from rules.target import Target, address_of, port_of, target_text
-from rules.text import Key, Value
-
-Elements = Mapping[Set, Mapping[Key, Value]]
-"""The elements of each set, as `State.elements` computes and `Kernel.read` reads them."""
+from rules.text import Key
 
 
 class UnknownChain(LookupError):
@@ -148,7 +146,7 @@ class Masquerade(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Branch:
     """One end that the packet may come to, and the steps that only this end has.
 
     `target` is empty where nothing translated the packet; `slot` is None unless it was drawn.
@@ -165,20 +163,20 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The steps before the ways part, and all ways (at least one), by slot."""
+    """The steps before the first branch, and all branches (at least one), by slot."""
 
     steps: tuple[Step, ...]
-    ways: tuple[Way, ...]
+    branches: tuple[Branch, ...]
 
     @property
     def ends(self) -> frozenset[End]:
         """All ends that the packet may come to; one, if the elements are complete."""
-        return frozenset(way.end for way in self.ways)
+        return frozenset(branch.end for branch in self.branches)
 
     @property
     def targets(self) -> frozenset[Target]:
         """Where the packet may be sent."""
-        return frozenset(way.target for way in self.ways if way.end is End.SENT)
+        return frozenset(branch.target for branch in self.branches if branch.end is End.SENT)
 
 
 def trace(table: Table, elements: Elements, packet: Packet) -> Trace:
@@ -189,8 +187,8 @@ def trace(table: Table, elements: Elements, packet: Packet) -> Trace:
     program = _Program.of(table, elements)
     first = _Passage(program, _Flight(packet, packet.destination, packet.port))
     first.through(Hook.OUTPUT if packet.from_node else Hook.PREROUTING, "nat")
-    ways = tuple(_onward(program, flight) for flight in first.flights())
-    return Trace(tuple(first.steps), ways)
+    branches = tuple(_onward(program, flight) for flight in first.flights())
+    return Trace(tuple(first.steps), branches)
 
 
 class _Program(NamedTuple):
@@ -213,14 +211,14 @@ class _Program(NamedTuple):
         )
 
 
-def _onward(program: _Program, flight: _Flight) -> Way:
+def _onward(program: _Program, flight: _Flight) -> Branch:
     """The rest of the way, behind the first translation."""
     passage = _Passage(program, flight)
     for hook, kind in _hooks_behind(flight):
         if passage.flight.end is None:
             passage.through(hook, kind)
     done = passage.flight
-    return Way(
+    return Branch(
         done.end or (End.SENT if done.target else End.PASSED),
         done.target,
         done.slot,

@@ -21,14 +21,14 @@ from rules.netlink.batch import Batch
 from rules.tables import TABLE
 
 
-class Known(NamedTuple):
+class TableContents(NamedTuple):
     """What a table is known to hold: the description by name, or None for something else."""
 
     sets: Mapping[str, Set | None]
     chains: Mapping[str, Chain | None]
 
     @classmethod
-    def of(cls, table: Table) -> Known:
+    def of(cls, table: Table) -> TableContents:
         """A table that is just as described."""
         return cls({s.name: s for s in table.sets}, {c.name: c for c in table.chains})
 
@@ -51,7 +51,7 @@ class TableChange(NamedTuple):
         return self == TableChange(self.family)
 
 
-def table_change(want: Table, have: Known | None) -> TableChange:
+def table_change(want: Table, have: TableContents | None) -> TableChange:
     """What leads from `have` (None: no table) to `want`."""
     if have is None:
         return _creation(want)

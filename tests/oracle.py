@@ -25,6 +25,7 @@ from rules.events import NodeAddresses
 from rules.objects import (
     READY,
     SERVING,
+    TCP,
     TERMINATING,
     Endpoint,
     EndpointSlice,
@@ -236,11 +237,14 @@ def source_ranges(service: Service, family: int, objects: Objects) -> Ranges | N
 
 def behaviours(
     service: Service, slices: tuple[EndpointSlice, ...], objects: Objects, options: Options
-) -> dict[Where, Behaviour]:
-    """How a Service would answer if it were alone. Its cluster IPs come before its load balancer
-    IPs, these before its external IPs, and earlier ports before later ones."""
+) -> dict[Where, tuple[bool, Behaviour]]:
+    """How a Service would answer if it were alone, and whether at an external or load balancer IP.
+
+    What is at the API server's address and port is refused. Its cluster IPs come before its load
+    balancer IPs, these before its external IPs, and earlier ports before later ones."""
     zone = options.zone or (objects.node.zone if objects.node else "")
-    result: dict[Where, Behaviour] = {}
+    api_servers = options.api_servers
+    result: dict[Where, tuple[bool, Behaviour]] = {}
 
     def answers(where: Where, port: ServicePort, kind: str) -> None:
         external = kind != "cluster IP"
@@ -264,18 +268,19 @@ def behaviours(
         node_port = "" if where.address else "nodeport-"
         two_lists = external and local
         guarded = kind == "load balancer IP"
-        result.setdefault(
-            where,
-            Behaviour(
-                verdict=f"{sticky}{style}{node_port}lb",
-                endpoints=here if local else everywhere,
-                inside_verdict=f"{sticky}inside-{node_port}lb" if two_lists else None,
-                inside=everywhere if two_lists else frozenset(),
-                affinity=service.affinity_seconds,
-                empty=empty,
-                sources=source_ranges(service, where.family, objects) if guarded else None,
-            ),
+        external_ip = external and bool(where.address)
+        if external_ip and where.protocol == TCP and (where.address, where.port) in api_servers:
+            return
+        behaviour = Behaviour(
+            verdict=f"{sticky}{style}{node_port}lb",
+            endpoints=here if local else everywhere,
+            inside_verdict=f"{sticky}inside-{node_port}lb" if two_lists else None,
+            inside=everywhere if two_lists else frozenset(),
+            affinity=service.affinity_seconds,
+            empty=empty,
+            sources=source_ranges(service, where.family, objects) if guarded else None,
         )
+        result.setdefault(where, (external_ip, behaviour))
 
     families = {family_of(a) for a in service.cluster_ips}
     for kind, addresses in (
@@ -316,30 +321,54 @@ def slices_of(service: Service, objects: Objects) -> tuple[EndpointSlice, ...]:
 
 
 def proxied(objects: Objects, options: Options) -> list[Service]:
-    """The Services to program, those first that win: the older, at one age by name."""
+    """The Services to program, the older first, at one age by name."""
     ours = [s for s in objects.services if s.proxied and is_ours(s, options)]
     return sorted(ours, key=lambda s: (not s.created, s.created, s.name))
 
 
+class Answer(NamedTuple):
+    """Who answers at a `Where`, and how."""
+
+    service: Name
+    behaviour: Behaviour
+
+
+def answers(objects: Objects, options: Options) -> dict[Where, Answer]:
+    """Who answers where, and how.
+
+    A cluster IP comes before every external address; of external addresses those with endpoints
+    come first; then the older Service. Where a node port answers, no external address does.
+    """
+    claims: dict[Where, list[tuple[bool, bool, Answer]]] = {}
+    for service in proxied(objects, options):
+        slices = slices_of(service, objects)
+        for where, (external, behaviour) in behaviours(service, slices, objects, options).items():
+            empty = external and behaviour.empty == "reject"
+            claims.setdefault(where, []).append((external, empty, Answer(service.name, behaviour)))
+    result: dict[Where, Answer] = {}
+    for where, of_services in claims.items():
+        external, _, answer = min(of_services, key=lambda c: c[:2])
+        port = Where(where.family, b"", where.protocol, where.port)
+        at_node = where.address in node_port_addresses(objects, options)
+        if not (external and at_node and port in claims):
+            result[where] = answer
+    return result
+
+
 def holders(objects: Objects, options: Options) -> dict[Where, Name]:
     """To whom each address belongs."""
-    result: dict[Where, Name] = {}
-    for service in proxied(objects, options):
-        for where in behaviours(service, (), objects, options):
-            result.setdefault(where, service.name)
-    return result
+    return {where: answer.service for where, answer in answers(objects, options).items()}
 
 
 def expected(objects: Objects, options: Options) -> Picture:
     """What the kernel must hold."""
     zone = options.zone or (objects.node.zone if objects.node else "")
-    frontends: dict[Where, Behaviour] = {}
+    frontends = {w: answer.behaviour for w, answer in answers(objects, options).items()}
     reaching_themselves: set[bytes] = set()
     timeouts: dict[int, set[int]] = {family: set() for family in FAMILIES}
     for service in proxied(objects, options):
         slices = slices_of(service, objects)
-        for where, behaviour in behaviours(service, slices, objects, options).items():
-            frontends.setdefault(where, behaviour)
+        for where, (_, behaviour) in behaviours(service, slices, objects, options).items():
             if behaviour.affinity:
                 timeouts[where.family].add(behaviour.affinity)
         reaching_themselves.update(hairpins(service, slices, options, zone))

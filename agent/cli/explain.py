@@ -110,7 +110,7 @@ def _heading(explanation: Explanation) -> Iterator[str]:
     )
     if answering.lost_by:
         losers = escape(", ".join(answering.lost_by))
-        yield f"  [yellow]wanted by {losers} too, and younger: the oldest Service has it[/yellow]"
+        yield f"  [yellow]also claimed by {losers}, which does not get it[/yellow]"
     yield f"  policy     {answering.policy}"
     yield f"  endpoints  {_list_text(answering.list)}"
     if answering.inside:

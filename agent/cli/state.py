@@ -40,9 +40,8 @@ def from_manifests(
         events.append(addresses)
     state.apply(events)
     state.step()
-    for notice in state.notices:
-        click.echo(f"sliceproxy: {notice.event}: {notice.subject}: {notice.detail}", err=True)
-    state.notices.clear()
+    for problem in state.problems.open():
+        click.echo(f"sliceproxy: {problem.code}: {problem.subject}: {problem.text}", err=True)
     return state
 
 

@@ -53,7 +53,7 @@ from rules.netlink.nftables import (
 from rules.netlink.sets import set_body
 from rules.tables import FAMILIES, SETS, TABLE
 from rules.text import Element, Key, Value
-from rules.transaction import Known, Transaction, encode
+from rules.transaction import TableContents, Transaction, encode
 
 OWNED = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST
 
@@ -76,11 +76,11 @@ class KernelTable(NamedTuple):
     chains: dict[str, bytes]
     rules: dict[str, list[bytes]]
 
-    def known(self, want: Table) -> Known:
+    def known(self, want: Table) -> TableContents:
         """Which of its sets and chains equal those of `want`."""
         described = {s.name: s for s in want.sets}
         chains = {c.name: c for c in want.chains}
-        return Known(
+        return TableContents(
             {
                 name: described[name]
                 if name in described

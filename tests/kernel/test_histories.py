@@ -22,6 +22,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -547,14 +548,21 @@ class Histories(RuleBasedStateMachine):
         there: bool,
         more: bool,
     ) -> None:
-        """This node's object, and another's, which is nobody's business here."""
+        """This node's object, which keeps what it lacks from before, and another's, which does not
+        matter here."""
         other = manifest.node("node-2", addresses=("172.31.0.3",), zone="z1", pod_cidrs=())
-        self.node = manifest.node(addresses=addresses, zone=zone, pod_cidrs=pod_cidrs)
-        if there:
-            self._tell(more, Upsert(self.node), Upsert(other))
-        else:
-            self.node = None
+        if not there:
             self._tell(more, Delete(Node, "node-1"), Delete(Node, "node-2"))
+            return
+        new = manifest.node(addresses=addresses, zone=zone, pod_cidrs=pod_cidrs)
+        assert self.node
+        self.node = msgspec.structs.replace(
+            new,
+            addresses=new.addresses or self.node.addresses,
+            zone=new.zone or self.node.zone,
+            pod_cidrs=new.pod_cidrs or self.node.pod_cidrs,
+        )
+        self._tell(more, Upsert(new), Upsert(other))
 
     @rule(texts=st.sampled_from(OWN_ADDRESSES), primary=st.booleans(), more=st.booleans())
     def change_addresses(self, texts: tuple[str, ...], primary: bool, more: bool) -> None:

@@ -56,7 +56,6 @@ def proxy(bare_world: World) -> Iterator[Proxy]:
     """A proxy that knows its node; afterwards its tables must be well-formed to everybody."""
     with Proxy(bare_world, options=OPTIONS) as started:
         started.put(*AROUND)
-        started.state.notices.clear()
         yield started
         started.check()
         list_with_nft(bare_world)
@@ -135,11 +134,6 @@ INVALID = {
     "a Service with a number for an address": with_spec(externalIPs=[1]),
     "a Service with a null address": with_spec(clusterIPs=[None]),
     "a Service with a list for a policy": with_spec(externalTrafficPolicy=["Local"]),
-    "a slice of no Service": {
-        "kind": "EndpointSlice",
-        "metadata": {"name": "evil"},
-        "addressType": "IPv4",
-    },
     "a slice of an unknown family": piece("10.0.0.1", addressType="IPv9"),
     "a slice of 1,001 endpoints": piece(*(f"10.1.{n >> 8}.{n & 255}" for n in range(1, 1002))),
     "a slice with a text for a condition": piece(
@@ -209,15 +203,16 @@ def test_a_value_nobody_can_use_is_noted_for_its_object_alone(proxy, document, w
     beside = () if isinstance(record, Service) else told(service())[0]
     objects = (*GOOD, *beside, record)
     proxy.put(*objects)
-    notices = proxy.state.notices
-    assert {n.subject for n in notices} == {f"{type(record).__name__} {record.name}"}
-    assert {n.event for n in notices} == {"object has a problem"}
-    assert any(word in n.detail for n in notices), notices
+    (problem,) = proxy.state.problems.collect(1.0).opened
+    assert str(problem.subject) == f"{type(record).__name__} {record.name}"
+    assert problem.code == "unusable_value"
+    assert word in problem.text
     assert picture(proxy) == wanted(*objects)
-    # told again, it is not noted again
-    notices.clear()
+    # the same object again opens nothing
     assert not proxy.put(*objects)
-    assert not notices
+    assert not any(proxy.state.problems.collect(2.0))
+    proxy.delete(record)
+    assert proxy.state.problems.collect(3.0).closed == (problem,)
 
 
 STRANGE = {
@@ -511,31 +506,31 @@ def test_a_holder_that_was_made_anew_gives_the_address_to_who_is_older_now(proxy
 
 
 @contested
-def test_who_loses_an_address_is_told_and_keeps_the_others(proxy, kind):
+def test_who_loses_an_address_has_one_problem_and_keeps_its_other_addresses(proxy, kind):
     known = rivals(kind, a=OLD, b=YOUNG)
     proxy.put(*known["a"])
-    assert not proxy.state.notices
+    assert not proxy.state.problems.open()
     proxy.put(*known["b"])
-    notices = proxy.state.notices
-    assert {n.subject for n in notices} == {"Service default/b"}
-    assert {n.event for n in notices} == {"address is taken"}
-    assert all(n.detail.endswith("belongs to Service default/a, which is older") for n in notices)
-    assert len(notices) == len(CONTESTED[kind]["where"])
+    (problem,) = proxy.state.problems.collect(1.0).opened
+    assert problem.subject.service == "default/b"
+    assert problem.code == "address_conflict"
+    assert "belongs to Service default/a" in problem.text
     own = Where(6, known["b"][0].cluster_ips[-1], 6, 80)
     assert picture(proxy).frontends[own].endpoints
-    notices.clear()
+    proxy.delete(known["a"][0])
+    assert proxy.state.problems.collect(2.0).closed == (problem,)
 
 
 @contested
-def test_who_loses_an_address_is_told_once(proxy, kind):
-    """Not with every endpoint that comes to or goes from the Service that has it."""
+def test_who_loses_an_address_is_reported_once(proxy, kind):
+    """Not with every endpoint that is added to or removed from the Service that has it."""
     known = rivals(kind, a=OLD, b=YOUNG)
     proxy.put(*known["a"], *known["b"])
-    proxy.state.notices.clear()
+    assert len(proxy.state.problems.collect(1.0).opened) == 1
     for last in (5, 6):
         piece = [manifest.endpoint(f"10.244.9.{n}", node="n") for n in (1, last)]
         proxy.put(manifest.endpoint_slice("a", piece))
-    assert not proxy.state.notices
+    assert not any(proxy.state.problems.collect(2.0))
 
 
 def test_a_service_cannot_take_another_ones_cluster_ip_as_its_external_ip(proxy):
@@ -551,7 +546,7 @@ def test_a_service_cannot_take_another_ones_cluster_ip_as_its_external_ip(proxy)
     where = Where(4, bytes((10, 96, 0, 11)), 6, 80)
     seen = picture(proxy).frontends[where]
     assert [t.address for t in seen.endpoints] == [bytes((10, 244, 9, 1))]
-    assert [n.subject for n in proxy.state.notices] == ["Service default/b"]
+    assert [p.subject.service for p in proxy.state.problems.open()] == ["default/b"]
 
 
 def test_the_ruleset_can_be_listed_by_nft_with_everything_in_it(proxy):

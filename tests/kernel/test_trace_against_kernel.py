@@ -20,12 +20,13 @@ from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
 from agent.config.settings import Settings
 from lab.world import World
+from rules.diff import Elements
 from rules.events import NodeAddresses
 from rules.objects import TCP, UDP, Object, address_text, parse_address
 from rules.options import Options
 from rules.tables import FAMILIES, SETS
 from rules.target import address_of, port_of
-from rules.trace import Elements, End, Masquerade, Packet, Trace, Way, trace
+from rules.trace import Branch, End, Masquerade, Packet, Trace, trace
 from tests.kernel.proxy import Proxy
 from tests.manifest import endpoint, endpoint_slice, node, service, service_cidr
 
@@ -333,11 +334,11 @@ class Inquiry:
         found = [h.name for h in self.world.hosts.values() if address in (h.ipv4, h.ipv6)]
         return found[0]
 
-    def expected(self, question: Question, way: Way) -> Meeting:
-        """What one way of a trace leads to."""
-        match way.end:
+    def expected(self, question: Question, branch: Branch) -> Meeting:
+        """What one branch of a trace leads to."""
+        match branch.end:
             case End.SENT:
-                server, changed = self.host(way.target), way.masquerade is not Masquerade.NO
+                server, changed = self.host(branch.target), branch.masquerade is not Masquerade.NO
                 # remote pods answer a client on the fabric past the node, which knows no answer
                 # from there: the World's way to show that something should be masqueraded
                 if server.startswith("remote") and question.who in OUTSIDE and not changed:
@@ -362,8 +363,8 @@ class Inquiry:
         return Meeting("silent")
 
     def compare(self, question: Question) -> Differing | None:
-        ways = self.trace(question).ways
-        told = {self.expected(question, way) for way in ways}
+        branches = self.trace(question).branches
+        told = {self.expected(question, branch) for branch in branches}
         met = set()
         silent = [meeting.outcome == "silent" for meeting in told]
         timeout = SILENCE if all(silent) else MIXED if any(silent) else PATIENCE
@@ -422,8 +423,8 @@ def test_a_sticky_client_stays_where_the_trace_says(trace_proxy: Proxy, policy: 
     affinity = [SETS[family].affinity for family in FAMILIES]
     inquiry.elements = {**inquiry.elements, **{s: kernel.elements(s) for s in affinity}}
     for question, meeting in zip(asked, first, strict=True):
-        (way,) = inquiry.trace(question).ways
-        assert way.target in unknown[question].targets
-        assert way.remembered == 10800
-        assert inquiry.expected(question, way)[:2] == meeting[:2], question
+        (branch,) = inquiry.trace(question).branches
+        assert branch.target in unknown[question].targets
+        assert branch.remembered == 10800
+        assert inquiry.expected(question, branch)[:2] == meeting[:2], question
     assert inquiry.differing(asked) == []

@@ -19,6 +19,7 @@ import pytest
 from agent.kernel.conntrack import Conntrack, decode
 from agent.kernel.sysctl import ConntrackSettings, apply
 from lab.world import World
+from rules.events import Upsert
 from rules.netlink.attributes import attributes
 from rules.objects import EndpointSlice, Service
 from rules.stale_flows import Flow
@@ -271,11 +272,8 @@ def _restarted(before: State, changed: Sequence[EndpointSlice] = ()) -> State:
     """The state of a new agent that has been told everything, but has programmed nothing."""
     after = State(before.options)
     assert before.node
-    after.services, after.node, after.service_cidrs = (
-        dict(before.services),
-        before.node,
-        dict(before.service_cidrs),
-    )
+    after.services = dict(before.services)
+    after.apply([Upsert(before.node), *map(Upsert, before.local.service_cidrs.values())])
     after.slices = {n: tuple(changed) or o for n, o in before.slices.items()}
     after._dirty = set(after.services)
     return after

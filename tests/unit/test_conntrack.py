@@ -25,6 +25,7 @@ from agent.kernel.conntrack import (
 from agent.kernel.errors import ConntrackError
 from rules.events import Delete, Upsert
 from rules.frontends import destination_key
+from rules.lookup import Destination, claim_met, claims_at
 from rules.netlink.attributes import Malformed, attribute, attributes, nest
 from rules.objects import TCP, UDP, EndpointSlice
 from rules.options import Options
@@ -33,7 +34,6 @@ from rules.stale_flows import (
     Flow,
     FlowFilter,
     Serving,
-    claims_of,
     flow_filter,
     is_stale,
     is_udp,
@@ -158,11 +158,14 @@ def test_what_nobody_looks_at_is_not_stale(
 
 
 def test_claims_and_filters() -> None:
-    assert claims_of(VIP, on_node) == [BY_IP]
-    assert claims_of(NODE, on_node) == [BY_NODE_IP, BY_PORT]
-    v6 = at("fd00::1", 53)
+    vip, own = Destination.of(BY_IP.key), Destination.of(BY_NODE_IP.key)
+    assert claims_at(vip, on_node) == (BY_IP,)
+    assert claims_at(own, on_node) == (BY_NODE_IP, BY_PORT)
+    assert claim_met(own, on_node, {BY_PORT}) == BY_PORT
+    assert claim_met(own, on_node, {BY_PORT, BY_NODE_IP}) == BY_NODE_IP
+    assert claim_met(vip, on_node, {BY_PORT, BY_NODE_IP}) is None
     by_ip6 = Claim(SETS[6].service_ips, destination_key(packed("fd00::1"), UDP, 53))
-    assert claims_of(v6, on_node) == [by_ip6]
+    assert claims_at(Destination.of(by_ip6.key), on_node) == (by_ip6,)
     assert flow_filter(BY_IP) == FlowFilter(4, packed("10.96.0.10"), 53)
     assert flow_filter(BY_PORT) == FlowFilter(4, b"", 30053)
     assert flow_filter(by_ip6) == FlowFilter(6, packed("fd00::1"), 53)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from agent.cli.explain import show
 from agent.config.settings import Settings
+from rules.diff import Elements
 from rules.endpoint_report import QuestionError
 from rules.events import NodeAddresses, Upsert
 from rules.explain import (
@@ -23,13 +24,13 @@ from rules.explain import (
     EndpointList,
     Explanation,
     Reached,
+    destination_text,
     explain,
     parse_destination,
 )
 from rules.objects import SCTP, TCP, UDP, EndpointSlice, Object, parse_address
 from rules.state import State
 from rules.tables import SETS
-from rules.trace import Elements
 from tests.manifest import endpoint, endpoint_slice, node, service, service_cidr
 
 LOCAL, REMOTE = "10.244.1.11", "10.244.2.11"
@@ -89,7 +90,7 @@ def text(found: Explanation) -> str:
 )
 def test_targets(question: str, protocol: int, written: str) -> None:
     target = parse_destination(question)
-    assert (target.protocol, str(target)) == (protocol, written)
+    assert (target.protocol, destination_text(target)) == (protocol, written)
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,8 @@ def test_a_translation_ends_the_hook_and_is_seen_behind_it() -> None:
         {targets: {PACKET.destination: target("10.0.0.9", 81)}},
         PACKET,
     )
-    (way,) = found.ways
-    assert (way.end, way.target, way.slot) == (End.REFUSED, target("10.0.0.9", 81), None)
+    (branch,) = found.branches
+    assert (branch.end, branch.target, branch.slot) == (End.REFUSED, target("10.0.0.9", 81), None)
     (step,) = found.steps
     assert (step.effect, step.detail) == (Effect.SENDS, "10.0.0.9:81")
     assert step.matched == (Match("targets", "10.0.0.2 : 10.0.0.9 . 81"),)
@@ -205,7 +205,7 @@ def draw(width: int, offset: int = 0) -> Rule:
 
 
 def drawn(found: Trace) -> list[tuple[End, int | None]]:
-    return [(way.end, way.slot) for way in found.ways]
+    return [(branch.end, branch.slot) for branch in found.branches]
 
 
 def test_a_draw_can_hit_every_slot_in_its_range() -> None:
@@ -285,7 +285,7 @@ def ask(
 
 
 def masquerades(found: Trace) -> dict[str, Masquerade]:
-    return {target_text(way.target): way.masquerade for way in found.ways}
+    return {target_text(branch.target): branch.masquerade for branch in found.branches}
 
 
 def test_only_the_endpoint_that_asks_is_a_hairpin() -> None:
@@ -308,9 +308,9 @@ def test_external_addresses_under_policy_local_by_who_asks() -> None:
     for address, port in (("203.0.113.1", 80), ("172.31.0.2", 30080)):
         outside = ask(state, "198.51.100.1", address, port)
         assert masquerades(outside) == {f"{POD}:8080": Masquerade.NO}
-        assert [way.slot for way in outside.ways] == [0]
+        assert [branch.slot for branch in outside.branches] == [0]
         inside = ask(state, "10.244.1.99", address, port)
-        assert [way.slot for way in inside.ways] == [0, 1]
+        assert [branch.slot for branch in inside.branches] == [0, 1]
         assert set(masquerades(inside).values()) == {Masquerade.NO}
         own = ask(state, "172.31.0.2", address, port)
         assert own.targets == inside.targets
@@ -337,22 +337,22 @@ def test_ends_of_a_service_without_local_endpoints(address: str, port: int, end:
 def test_an_unknown_client_is_remembered_and_a_known_one_decided() -> None:
     state = stepped(*web(POD, REMOTE, sessionAffinity="ClientIP"))
     unknown = ask(state, "10.244.1.99")
-    assert len(unknown.ways) == 2
-    assert {way.remembered for way in unknown.ways} == {10800}
+    assert len(unknown.branches) == 2
+    assert {branch.remembered for branch in unknown.branches} == {10800}
     assert Effect.MISSES in [s.effect for s in unknown.steps]
     key = packed("10.244.1.99") + packed("10.96.0.10") + b"\x06\0\0\0" + b"\0\x50\0\0"
     elements: Elements = {**state.elements(), SETS[4].affinity: {key: target(REMOTE)}}
-    (way,) = ask(state, "10.244.1.99", elements=elements).ways
-    assert (way.end, way.target, way.slot) == (End.SENT, target(REMOTE), None)
-    assert way.remembered == 10800
-    assert len(ask(state, "10.244.1.98", elements=elements).ways) == 2
+    (branch,) = ask(state, "10.244.1.99", elements=elements).branches
+    assert (branch.end, branch.target, branch.slot) == (End.SENT, target(REMOTE), None)
+    assert branch.remembered == 10800
+    assert len(ask(state, "10.244.1.98", elements=elements).branches) == 2
 
 
 def test_an_endpoint_with_the_nodes_address_is_delivered_and_remembered() -> None:
     state = stepped(*web("172.31.0.2", sessionAffinity="ClientIP"))
-    (way,) = ask(state, "10.244.1.99").ways
-    assert (way.end, way.remembered) == (End.SENT, 10800)
-    assert "remember" in [step.chain for step in way.steps]
+    (branch,) = ask(state, "10.244.1.99").branches
+    assert (branch.end, branch.remembered) == (End.SENT, 10800)
+    assert "remember" in [step.chain for step in branch.steps]
 
 
 def test_pods_told_by_interface() -> None:
@@ -364,10 +364,10 @@ def test_pods_told_by_interface() -> None:
     )
     packet = Packet(packed("10.9.9.9"), packed("203.0.113.1"), TCP, 80, "vethabc")
     inside = trace(state.tables()[0], state.elements(), packet)
-    assert len(inside.ways) == 2
+    assert len(inside.branches) == 2
     assert inside.steps[0].matched == (Match("iifname", "vethabc"),)
     outside = replace(packet, interface="eth0")
-    assert len(trace(state.tables()[0], state.elements(), outside).ways) == 1
+    assert len(trace(state.tables()[0], state.elements(), outside).branches) == 1
 
 
 def test_targets_are_written_with_brackets_where_needed() -> None:

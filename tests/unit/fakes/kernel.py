@@ -23,7 +23,7 @@ from rules.language import Chain, Set, Table
 from rules.netlink.nftables import NFT_TABLE_F_PERSIST
 from rules.tables import FAMILIES, SETS, TABLE
 from rules.text import Key, Value
-from rules.transaction import Known, TableChange, Transaction, encode
+from rules.transaction import TableChange, TableContents, Transaction, encode
 
 
 @dataclass
@@ -50,10 +50,10 @@ class _Found(KernelTable):
 
     content: _FakeTable
 
-    def known(self, want: Table) -> Known:
+    def known(self, want: Table) -> TableContents:
         sets = {s.name: s for s in want.sets}
         chains = {c.name: c for c in want.chains}
-        return Known(
+        return TableContents(
             {
                 name: sets[name] if sets.get(name) is have.described else None
                 for name, have in self.content.sets.items()
