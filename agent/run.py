@@ -174,20 +174,21 @@ def _source(
             return ManifestFollower(places, put, logger, failed)
         except ManifestError as error:
             raise CannotRun(str(error)) from None
-    from agent.sources.kubernetes.follower import ConnectError, connect
-    from agent.sources.kubernetes.follower import Follower as Kubernetes
+    from agent.sources.kubernetes.connection import ConnectError, connect
+    from agent.sources.kubernetes.follower import ClusterFollower
 
     try:
         connection = connect(settings.kubeconfig, settings.context, settings.server)
     except ConnectError as error:
         raise CannotRun(str(error)) from None
     chosen = settings.options()
-    follower = Kubernetes(
+    follower = ClusterFollower(
         connection,
         chosen.node,
         chosen.proxy_name,
         put,
         logger,
+        failed=failed,
         requested=served.reports.recorder.requested,
     )
     served.reports.recorder.watches_from(follower.status)

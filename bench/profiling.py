@@ -35,7 +35,7 @@ T = TypeVar("T")
 TOP = 14
 _IMPORTS = (
     "import agent.cli.main, agent.run, agent.serve.metrics; "
-    "from agent.sources.kubernetes.follower import connect; "
+    "from agent.sources.kubernetes.connection import connect; "
     "agent.serve.metrics.Metrics(''); connect(server='https://127.0.0.1:6443')"
 )
 

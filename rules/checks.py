@@ -40,6 +40,7 @@ from rules.objects import (
     SlicePort,
     parse_address,
     parse_network,
+    parse_plain_ipv4,
 )
 
 _T = TypeVar("_T")
@@ -299,9 +300,12 @@ def _endpoints(
 ) -> tuple[Endpoint, ...]:
     endpoints, intern = [], sys.intern
     for index, shape in enumerate(shapes):
-        address = _endpoint_address(index, shape.addresses, length, problems)
-        if address is None:
-            continue
+        addresses = shape.addresses
+        address = parse_plain_ipv4(addresses[0]) if addresses else None
+        if address is None or length != 4:
+            address = _endpoint_address(index, addresses, length, problems)
+            if address is None:
+                continue
         node_hints, zone_hints = hints(shape.hints)
         target = shape.target_ref
         endpoints.append(
@@ -321,6 +325,7 @@ def _endpoints(
 def _endpoint_address(
     index: int, texts: Sequence[str], length: int, problems: Problems
 ) -> Address | None:
+    """The first address, in whatever form; None if it cannot be used."""
     if not texts:
         problems.append(f"endpoints[{index}]: has no address; ignored")
         return None

@@ -170,7 +170,8 @@ Object = Service | EndpointSlice | Node | ServiceCIDR
 
 # --- single values ------------------------------------------------------------------------------
 
-_OCTETS = {str(number): number for number in range(256)}
+_octet = {str(number): number for number in range(256)}.__getitem__
+_USUAL_FIRST = frozenset(range(1, 224)) - {127, 169}
 _LEADING_ZEROS = re.compile(r"\b0+(?=[0-9a-fA-F])")
 _UNUSABLE = {
     "is_unspecified": "is the unspecified address",
@@ -179,14 +180,13 @@ _UNUSABLE = {
 }
 
 
-def _plain_ipv4(text: str) -> Address | None:
+def parse_plain_ipv4(text: str) -> Address | None:
     """An IPv4 address in the usual form, at a tenth of `ipaddress`'s time; None for all others."""
     try:
-        packed = bytes([_OCTETS[octet] for octet in text.split(".")])
+        packed = bytes(map(_octet, text.split(".")))
     except KeyError:
         return None
-    usual = len(packed) == 4 and 0 < packed[0] < 224 and packed[0] not in (127, 169)
-    return packed if usual else None
+    return packed if len(packed) == 4 and packed[0] in _USUAL_FIRST else None
 
 
 def parse_address(text: str, *, link_local: bool = False) -> Address:
@@ -200,7 +200,7 @@ def parse_address(text: str, *, link_local: bool = False) -> Address:
     refuses for endpoints and external IPs: loopback and the like (CVE-2020-8554, validation of
     discovery/v1). `link_local` addresses are valid for load balancers only.
     """
-    plain = _plain_ipv4(text)
+    plain = parse_plain_ipv4(text)
     return plain if plain is not None else _parse_unusual(text, link_local)
 
 

@@ -3,7 +3,8 @@
 It answers in the shapes of a kube-apiserver 1.36 (test_apiserver.py compares them with recordings)
 as far as a proxy asks: lists with `limit` and `continue` as of one resource version, watches with
 bookmarks, streaming lists (`streaming=False` makes it a server of 1.30), label and field
-selectors, compaction. Like the real one it is silent to a watch from a version it has not reached.
+selectors, compaction, in JSON or protobuf as the Accept header asks, large lists in gzip inside
+chunks. Like the real one it is silent to a watch from a version it has not reached.
 
 The server runs in a thread with an event loop of its own; every method may be called from any
 other thread and has taken effect when it returns. `put` and the faults are the tests' hands:
@@ -33,6 +34,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
+
+from tests.cluster import protobuf
 
 Document = dict[str, Any]
 Key = tuple[str, str]
@@ -90,6 +93,7 @@ class Seen(NamedTuple):
     resource: str
     query: dict[str, str]
     authorization: str
+    accept: str
 
 
 class Entry(NamedTuple):
@@ -126,15 +130,59 @@ class _Fault:
         return True
 
 
+class Encoding(NamedTuple):
+    """How lists, the events of a watch and errors are written."""
+
+    type: str
+    watch_type: str
+    list: Callable[[str, Document], bytes]
+    event: Callable[[str, Document], bytes]
+    status: Callable[[Document], bytes]
+
+
+JSON = Encoding(
+    "application/json",
+    "application/json",
+    lambda _kind, document: msgspec.json.encode(document),
+    lambda event, document: msgspec.json.encode({"type": event, "object": document}) + b"\n",
+    msgspec.json.encode,
+)
+PROTOBUF_TYPE = "application/vnd.kubernetes.protobuf"
+PROTOBUF = Encoding(
+    PROTOBUF_TYPE,
+    f"{PROTOBUF_TYPE};stream=watch",
+    protobuf.whole_list,
+    protobuf.watch_event,
+    protobuf.status,
+)
+
+
+class _Refused(Exception):
+    def __init__(self, response: web.Response) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
 @dataclass(eq=False)
 class _Watch:
     kind: Kind
     request: web.Request
+    encoding: Encoding
     version: int
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ending: bool = False
     cut: bool = False
     mute: bool = False
+
+    def event(self, event: str, item: Document) -> bytes:
+        kind = {"kind": self.kind.name, "apiVersion": self.kind.api_version}
+        return self.encoding.event(event, {**kind, **item})
+
+    def bookmark(self, version: int, annotations: Mapping[str, str] | None = None) -> bytes:
+        metadata: Document = {"resourceVersion": str(version)}
+        if annotations:
+            metadata["annotations"] = dict(annotations)
+        return self.event("BOOKMARK", {"metadata": metadata, **self.kind.empty})
 
 
 class ApiServer:
@@ -151,6 +199,8 @@ class ApiServer:
     ) -> None:
         self.streaming = streaming
         self.token = token
+        self.protobuf: bool | int = True
+        """Whether it answers in protobuf; False for JSON, or the status to refuse it with."""
         self.gone_as_status = False
         """Say 410 with the HTTP status instead of an ERROR event."""
         self.absent: set[str] = set()
@@ -164,6 +214,7 @@ class ApiServer:
         self._now: dict[str, dict[Key, Document]] = {name: {} for name in KINDS}
         self._compacted = 0
         self._faults: list[_Fault] = []
+        self._spoiled: dict[str, str] = {}
         self._watches: set[_Watch] = set()
         self._open: dict[int, web.Request] = {}
         self._silent = False
@@ -283,6 +334,7 @@ class ApiServer:
         """Ends the faults that last."""
         with self._lock:
             self._faults.clear()
+            self._spoiled.clear()
             self.forbidden.clear()
             self._silent = False
             self._wake()
@@ -310,6 +362,13 @@ class ApiServer:
                 if watch.kind.plural == resource:
                     setattr(watch, attribute, True)
             self._wake()
+
+    def spoil_watches(self, resource: str, how: str) -> None:
+        """Watches of a resource that bring nothing, until `heal`: each "ends" at once, says
+        "garbage", or has only a "bookmark"; "" for good ones. Ends those that are open."""
+        with self._lock:
+            self._spoiled[resource] = how
+        self.end_watches(resource)
 
     def silence(self) -> None:
         """Accepts connections and requests, and answers none, until `heal`."""
@@ -410,7 +469,28 @@ class ApiServer:
         finally:
             del self._open[id(request)]
 
+    def _speaks_protobuf(self, request: web.Request) -> bool:
+        """Whether to answer in protobuf; raises _Refused if that has been made an error."""
+        if not request.headers.get("Accept", "").startswith(PROTOBUF_TYPE):
+            return False
+        if self.protobuf in (True, False):
+            return bool(self.protobuf)
+        raise _Refused(_status(self.protobuf, "NotAcceptable", "only JSON"))
+
     async def _answer(self, request: web.Request) -> web.StreamResponse:
+        try:
+            encoding = PROTOBUF if self._speaks_protobuf(request) else JSON
+        except _Refused as refused:
+            return refused.response
+        response = await self._respond(request, encoding)
+        if isinstance(response, web.Response) and isinstance(response.body, bytes):
+            document = json.loads(response.body) if response.content_type == JSON.type else None
+            if document and document.get("kind") == "Status":
+                response.body = encoding.status(document)
+                response.content_type = encoding.type
+        return response
+
+    async def _respond(self, request: web.Request, encoding: Encoding) -> web.StreamResponse:
         kind = next((k for k in KINDS.values() if k.path == request.path), None)
         if kind is None or kind.plural in self.absent:
             return web.Response(status=404, text="404 page not found\n")
@@ -418,7 +498,8 @@ class ApiServer:
         verb = "watch" if query.get("watch") in ("1", "true") else "list"
         with self._lock:
             authorization = request.headers.get("Authorization", "")
-            self.seen.append(Seen(verb, kind.group, kind.plural, query, authorization))
+            accept = request.headers.get("Accept", "")
+            self.seen.append(Seen(verb, kind.group, kind.plural, query, authorization, accept))
             fault = next((f for f in self._faults if f.takes(verb, kind.plural)), None)
             self._news.notify_all()
         while self._silent:
@@ -432,11 +513,18 @@ class ApiServer:
         if fault and fault.code:
             return _failure(fault.code, fault.retry_after)
         if verb == "watch":
-            return await self._watch(request, kind, query)
-        return await self._list(request, kind, query, abort=bool(fault and fault.abort))
+            return await self._watch(request, kind, query, encoding)
+        abort = bool(fault and fault.abort)
+        return await self._list(request, kind, query, encoding, abort=abort)
 
     async def _list(
-        self, request: web.Request, kind: Kind, query: Mapping[str, str], *, abort: bool
+        self,
+        request: web.Request,
+        kind: Kind,
+        query: Mapping[str, str],
+        encoding: Encoding,
+        *,
+        abort: bool,
     ) -> web.StreamResponse:
         with self._lock:
             version, start = self.version, ("", "")
@@ -458,27 +546,28 @@ class ApiServer:
             # what comes after a key, in etcd's order
             namespace, name = found[limit - 1][0]
             metadata["continue"] = _token(version, (namespace, name + "\0"))
-        body = msgspec.json.encode(
+        body = encoding.list(
+            kind.name,
             {
                 "kind": f"{kind.name}List",
                 "apiVersion": kind.api_version,
                 "metadata": metadata,
                 "items": [item for _, item in found[:limit]],
-            }
+            },
         )
         if abort:
-            response = web.StreamResponse(headers={"Content-Type": "application/json"})
+            response = web.StreamResponse(headers={"Content-Type": encoding.type})
             await response.prepare(request)
             await response.write(body[: len(body) // 2])
             assert request.transport
             request.transport.abort()
             return response
-        return await self._send_list(request, body)
+        return await self._send_list(request, body, encoding.type)
 
     @staticmethod
-    async def _send_list(request: web.Request, body: bytes) -> web.StreamResponse:
+    async def _send_list(request: web.Request, body: bytes, type_: str) -> web.StreamResponse:
         """As the real one sends it: in chunks if it is large, compressed if it is larger."""
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": type_}
         if len(body) > GZIP_BYTES and "gzip" in request.headers.get("Accept-Encoding", ""):
             headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
             body = gzip.compress(body, 1)
@@ -494,7 +583,7 @@ class ApiServer:
         return response
 
     async def _watch(
-        self, request: web.Request, kind: Kind, query: Mapping[str, str]
+        self, request: web.Request, kind: Kind, query: Mapping[str, str], encoding: Encoding
     ) -> web.StreamResponse:
         stream = "sendInitialEvents" in query
         if stream and (not self.streaming or query.get("resourceVersionMatch") != "NotOlderThan"):
@@ -502,19 +591,25 @@ class ApiServer:
         asked = query.get("resourceVersion") or "0"
         if self.gone_as_status and 0 < int(asked) < self._compacted:
             return _status(410, "Expired", f"too old resource version: {asked} ({self._compacted})")
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response = web.StreamResponse(headers={"Content-Type": encoding.watch_type})
         response.enable_chunked_encoding()
         await response.prepare(request)
         with self._lock:
-            watch = _Watch(kind, request, self.version if stream else int(asked))
+            watch = _Watch(kind, request, encoding, self.version if stream else int(asked))
             if not stream and 0 < watch.version < self._compacted:
                 message = f"too old resource version: {asked} ({self._compacted})"
-                lines = [_line("ERROR", _status_document(410, "Expired", message))]
+                lines = [encoding.event("ERROR", _status_document(410, "Expired", message))]
                 watch.ending = True
             else:
                 lines = list(self._initial(watch, query, stream=stream))
                 self._watches.add(watch)
         try:
+            if how := self._spoiled.get(kind.plural):
+                lines, watch.ending = [], True
+                if how == "garbage":
+                    lines = [b"<html>\n", b"\0\0\0\2<>"]
+                if how == "bookmark":
+                    lines = [watch.bookmark(self.version)]
             for line in lines:
                 await response.write(line)
             await self._follow(watch, response, query)
@@ -531,10 +626,10 @@ class ApiServer:
             matches = _selector(query)
             for item in self._state(watch.kind, self.version).values():
                 if matches(item):
-                    yield _event("ADDED", watch.kind, item)
+                    yield watch.event("ADDED", item)
             watch.version = self.version
         if stream:
-            yield _bookmark(watch.kind, watch.version, {INITIAL_EVENTS_END: "true"})
+            yield watch.bookmark(watch.version, {INITIAL_EVENTS_END: "true"})
 
     async def _follow(
         self, watch: _Watch, response: web.StreamResponse, query: Mapping[str, str]
@@ -570,7 +665,7 @@ class ApiServer:
             version = watch.version if behind else self.version
             watch.version = version
             self._news.notify_all()
-        await response.write(_bookmark(watch.kind, version))
+        await response.write(watch.bookmark(version))
         return version
 
     async def _send(
@@ -584,12 +679,12 @@ class ApiServer:
         was_in = entry.old is not None and matches(entry.old)
         if is_in:
             assert entry.new is not None
-            line = _event("MODIFIED" if was_in else "ADDED", watch.kind, entry.new)
+            line = watch.event("MODIFIED" if was_in else "ADDED", entry.new)
         elif was_in:
             assert entry.old is not None
             gone = copy.deepcopy(entry.old)
             gone["metadata"]["resourceVersion"] = str(entry.version)
-            line = _event("DELETED", watch.kind, gone)
+            line = watch.event("DELETED", gone)
         else:
             return
         if watch.cut:
@@ -617,21 +712,6 @@ _NO_STREAM = (
 
 def _key(item: Document) -> Key:
     return item["metadata"].get("namespace", ""), item["metadata"]["name"]
-
-
-def _line(kind: str, document: Document) -> bytes:
-    return msgspec.json.encode({"type": kind, "object": document}) + b"\n"
-
-
-def _event(event: str, kind: Kind, item: Document) -> bytes:
-    return _line(event, {"kind": kind.name, "apiVersion": kind.api_version, **item})
-
-
-def _bookmark(kind: Kind, version: int, annotations: Mapping[str, str] | None = None) -> bytes:
-    metadata: Document = {"resourceVersion": str(version)}
-    if annotations:
-        metadata["annotations"] = dict(annotations)
-    return _event("BOOKMARK", kind, {"metadata": metadata, **kind.empty})
 
 
 def _status_document(

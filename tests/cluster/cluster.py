@@ -31,10 +31,8 @@ from tests.manifest import endpoint, service_document, slice_document
 VIP, PORT = "10.96.0.10", 80
 SERVERS = ("pod-1", "pod-2", "pod-3", "remote-1")
 FAST = "tests.cluster.agent_main"
-AWAY = "the API server cannot be reached; the node keeps what it has"
-BACK = "the API server answers again"
-UNUSABLE = "object cannot be used; what was known of it stays"
-SILENT = "connection fell silent; connecting anew"
+AWAY, BACK = "api_server_unreachable", "api_server_recovered"
+UNUSABLE, SILENT = "object_unusable", "connection_silent"
 
 ENDPOINT_MAPS = {
     sets.endpoint_map(node_port=node_port, inside=inside)

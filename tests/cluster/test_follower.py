@@ -11,19 +11,23 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import structlog
 import yaml
 from structlog.testing import LogCapture
 
 from agent.sources.kubernetes import follower as kubernetes
-from agent.sources.kubernetes.follower import ConnectError, Connection, Follower, connect
+from agent.sources.kubernetes import formats
+from agent.sources.kubernetes.connection import ConnectError, Connection, connect
+from agent.sources.kubernetes.follower import ClusterFollower
 from agent.sources.kubernetes.reflector import Timing
-from rules.events import Delete, Event, Synced, Upsert
+from rules.events import ApiServers, Delete, Event, Synced, Upsert
 from rules.objects import Name, Object
 from tests.cluster.apiserver import ApiServer
 from tests.manifest import endpoint, service_document, slice_document
@@ -39,8 +43,8 @@ FAST = Timing(
 )
 RESOURCES = ("services", "endpointslices", "nodes", "servicecidrs")
 REQUIRED = RESOURCES[:3]
-AWAY = "the API server cannot be reached; the node keeps what it has"
-BACK = "the API server answers again"
+AWAY, BACK = "api_server_unreachable", "api_server_recovered"
+UNUSABLE, WATCH_FAILED = "object_unusable", "watch_failed"
 
 
 def node_document(name: str = "node-1") -> dict[str, Any]:
@@ -72,6 +76,7 @@ class Inbox:
         self.lists: list[list[Event]] = []
         self.table: dict[tuple[str, str], Object] = {}
         self.news = threading.Condition()
+        self.api_servers: frozenset[tuple[bytes, int]] = frozenset()
         self.fails = 0
 
     def put(self, events: list[Event]) -> None:
@@ -79,13 +84,16 @@ class Inbox:
             if self.fails:
                 self.fails -= 1
                 raise RuntimeError("the loop is broken")
-            self.lists.append(events)
+            if not isinstance(events[0], ApiServers):
+                self.lists.append(events)
             for event in events:
                 match event:
                     case Upsert(new):
                         self.table[type(new).__name__, str(new.name)] = new
                     case Delete(kind, name):
                         del self.table[kind.__name__, str(name)]
+                    case ApiServers(endpoints):
+                        self.api_servers = endpoints
             self.news.notify_all()
 
     def wait(self, condition: Callable[[], object]) -> None:
@@ -111,18 +119,20 @@ class Run:
     ) -> None:
         self.server = server
         self.inbox = Inbox()
+        self.failed: list[tuple[str, Exception]] = []
         self.capture = LogCapture()
         log = structlog.wrap_logger(
             None,
             processors=[self.capture],
             wrapper_class=structlog.make_filtering_bound_logger("info"),
         )
-        self.follower = Follower(
+        self.follower = ClusterFollower(
             connection or connect(server=server.url),
             "node-1",
             "",
             self.inbox.put,
             log,
+            failed=lambda name, error: self.failed.append((name, error)),
             timing=timing,
             rng=random.Random(1),
         )
@@ -161,9 +171,10 @@ class Run:
         self.inbox.wait(lambda: self.inbox.has("Service", f"default/{name}"))
 
 
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
+@pytest.fixture(params=["protobuf", "json"])
+def server(request: pytest.FixtureRequest) -> Iterator[ApiServer]:
     with ApiServer() as server:
+        server.protobuf = request.param == "protobuf"
         fill(server)
         yield server
 
@@ -245,7 +256,8 @@ def test_service_cidrs_are_optional(server: ApiServer, code: int) -> None:
     with Run(server) as run:
         run.inbox.wait_synced()
         (entry,) = run.capture.entries
-        assert "servicecidrs.networking.k8s.io" in entry["event"]
+        assert entry["event"] == ("resource_absent" if code == 404 else "api_server_forbidden")
+        assert entry["resource"] == "servicecidrs.networking.k8s.io"
         assert entry["log_level"] == "warning"
         server.absent.clear()
         server.heal()
@@ -271,8 +283,13 @@ def test_services_for_another_proxy(server: ApiServer) -> None:
     theirs["metadata"]["labels"] = {"service.kubernetes.io/service-proxy-name": "other"}
     server.put(theirs)
     inbox = Inbox()
-    follower = Follower(
-        connect(server=server.url), "node-1", "other", inbox.put, structlog.get_logger()
+    follower = ClusterFollower(
+        connect(server=server.url),
+        "node-1",
+        "other",
+        inbox.put,
+        structlog.get_logger(),
+        failed=lambda *_: None,
     )
     follower.start()
     inbox.wait_synced()
@@ -350,7 +367,7 @@ def test_a_busy_server_is_waited_for_as_it_asks(run: Run) -> None:
     before = len(server.seen)
     server.answer(429, resource="services", times=1, retry_after=1)
     server.abort()
-    run.wait_logged("the API server is busy; waiting as it asks for")
+    run.wait_logged("api_server_busy")
     told = time.monotonic()
     run.reaches("meanwhile")
     assert time.monotonic() - told > 0.9
@@ -360,7 +377,7 @@ def test_a_busy_server_is_waited_for_as_it_asks(run: Run) -> None:
 def test_a_half_open_connection(run: Run) -> None:
     run.server.mute("services")
     run.reaches("unheard")
-    entry = run.wait_logged("connection fell silent; connecting anew")
+    entry = run.wait_logged("connection_silent")
     assert entry["resource"] == "services"
     run.check()
 
@@ -439,20 +456,147 @@ def test_an_object_that_does_not_decode(run: Run) -> None:
     run.server.put(broken)
     run.reaches("after")
     assert run.inbox.has("Service", "default/web-0")
-    (entry,) = run.logged("object cannot be used; what was known of it stays")
+    (entry,) = run.logged(UNUSABLE)
     assert entry["object"] == "Service default/web-0"
-    assert "ports" in entry["reason"]
+    assert ("protobuf message" if run.server.protobuf else "ports") in entry["reason"]
     run.server.compact()
     run.server.abort()
     run.reaches("later")
-    assert len(run.logged("object cannot be used; what was known of it stays")) == 1
+    assert len(run.logged(UNUSABLE)) == 1
 
 
 def test_a_failure_of_our_own(run: Run) -> None:
     run.inbox.fails = 1
     run.server.put(service_document("unlucky"))
-    run.wait_logged("following failed; listing anew")
+    run.wait_logged("follow_failed")
     run.check()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_deeply_nested_fields_cost_nothing(server: ApiServer, streaming: bool) -> None:
+    """The API server stores managedFields nested 1,500 deep; on old code all updates stopped."""
+    nested = msgspec.Raw(b'{"f:a":' * 1500 + b"{}" + b"}" * 1500)
+    hostile = service_document("hostile")
+    hostile["metadata"]["managedFields"] = [{"manager": "kubectl", "fieldsV1": nested}]
+    server.streaming = streaming
+    server.put(hostile)
+    with Run(server) as run:
+        run.inbox.wait_synced()
+        run.check()
+        server.wait_for(lambda: server.watching(*RESOURCES))
+        server.put({**hostile, "metadata": {**hostile["metadata"], "name": "hostile-2"}})
+        run.reaches("after")
+        run.check()
+        assert not run.capture.entries
+
+
+@pytest.mark.parametrize("bad", ["ends", "garbage", "bookmark"])
+def test_watches_that_bring_nothing_are_replaced_by_lists(run: Run, bad: str) -> None:
+    """Each change arrives, requests become rare, there is one line, and one at the recovery."""
+    server = run.server
+    server.spoil_watches("services", bad)
+    run.reaches("unwatched")
+    run.wait_logged(WATCH_FAILED)
+    before, began = len(server.seen), time.monotonic()
+    run.reaches("unwatched-2")
+    requests = [s for s in server.seen[before:] if s.resource == "services"]
+    # as many as fit between delays whose mean is half of the longest one
+    longest = FAST.backoff[1]
+    assert len(requests) <= 3 * (3 + (time.monotonic() - began) / longest * 2 * 3)
+    assert len(run.logged(WATCH_FAILED)) == 1
+    server.heal()
+    server.wait_for(lambda: server.watching(*RESOURCES))
+    run.reaches("watched")
+    (entry,) = [run.wait_logged(BACK)]
+    assert entry["was"] == WATCH_FAILED
+    run.check()
+    assert len(run.logged(WATCH_FAILED, BACK)) == 2
+
+
+def test_a_stream_is_tried_again_after_lists_that_fail(server: ApiServer) -> None:
+    """On old code one broken stream led to lists, and failing lists never led back."""
+    server.spoil_watches("services", "garbage")
+    server.answer(500, resource="services", verb="list")
+    with Run(server) as run:
+        server.wait_for(lambda: [s for s in server.seen if s.verb == "list"])
+        server.spoil_watches("services", "")
+        run.inbox.wait_synced()
+        run.check()
+
+
+def test_an_event_that_is_too_large_costs_one_list(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = run.server
+    monkeypatch.setattr(formats, "MAX_EVENT_BYTES", 20_000)
+    large = service_document("large")
+    large["metadata"]["annotations"] = {"a": "x" * 30_000}
+    server.put(large)
+    run.inbox.wait(lambda: run.inbox.has("Service", "default/large"))
+    entry = run.wait_logged(WATCH_FAILED)
+    assert "an event of more than" in entry["reason"]
+    run.reaches("after")
+    run.check()
+    assert [s.verb for s in server.seen if s.resource == "services"].count("list") <= 5
+    assert len(run.logged(WATCH_FAILED)) == 1
+    run.wait_logged(BACK)
+
+
+def test_a_slice_without_the_service_label_is_ordinary(run: Run) -> None:
+    document = slice_document("web-0", [endpoint("10.244.1.1")])
+    document["metadata"]["labels"] = {}
+    run.server.put(document)
+    key = ("EndpointSlice", "default/web-0-ipv4")
+    run.inbox.wait(lambda: run.inbox.table[key].service is None)  # type: ignore[union-attr]
+    assert not run.capture.entries
+
+
+@pytest.mark.parametrize("code", [406, 415])
+def test_json_where_a_server_refuses_protobuf(server: ApiServer, code: int) -> None:
+    server.protobuf = code
+    with Run(server) as run:
+        run.inbox.wait_synced()
+        server.wait_for(lambda: server.watching(*RESOURCES))
+        run.reaches("after")
+        assert not run.capture.entries
+        assert {s.accept for s in server.seen if s.verb == "watch"} >= {"application/json"}
+
+
+def test_a_thread_that_dies_is_reported(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a log line cannot be written: on old code the others went on as if all were well."""
+
+    class Full:
+        def bind(self, **_: object) -> Full:
+            return self
+
+        def __getattr__(self, _: str) -> Callable[..., None]:
+            def full(*_: object, **_fields: object) -> None:
+                raise OSError(28, "No space left on device")
+
+            return full
+
+    run = Run(server)
+    for worker in run.follower._workers:
+        worker._log = Full()  # type: ignore[assignment]
+    with run:
+        run.inbox.wait_synced()
+        run.inbox.fails = 1
+        server.put(service_document("unlucky"))
+        deadline = time.monotonic() + PATIENCE
+        while not run.failed:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    ((name, error),) = run.failed
+    assert name == "follow services"
+    assert "No space left" in str(error)
+
+
+def test_where_the_api_server_is(run: Run) -> None:
+    port = int(run.server.url.rpartition(":")[2])
+    assert run.inbox.api_servers == {(b"\x7f\0\0\1", port)}
+    named = connect(server=f"https://localhost:{port}")
+    assert (b"\x7f\0\0\1", port) in named.endpoints()
+    assert connect(server="https://nowhere.invalid").endpoints() == frozenset()
 
 
 # --- who we are ---------------------------------------------------------------------------------
@@ -461,10 +605,7 @@ def test_a_failure_of_our_own(run: Run) -> None:
 def test_401(server: ApiServer) -> None:
     server.token = "other"
     with Run(server) as run:
-        event = (
-            "the API server does not accept our credentials (401); check that they have not "
-            "expired and that they are meant for this cluster"
-        )
+        event = "api_server_unauthorized"
         entry = run.wait_logged(event)
         assert entry["credentials"] == "no credentials"
         server.token = ""
@@ -481,12 +622,13 @@ def test_403_names_the_missing_rule(server: ApiServer, verb: str) -> None:
     if verb == "watch":
         server.streaming = True
     with Run(server) as run:
-        event = (
-            f"the API server does not allow us to {verb} endpointslices.discovery.k8s.io (403); "
-            'add this rule to our ClusterRole: - {apiGroups: ["discovery.k8s.io"], resources: '
-            '["endpointslices"], verbs: ["list", "watch"]}'
-        )
+        event = "api_server_forbidden"
         entry = run.wait_logged(event)
+        assert (entry["verb"], entry["resource"]) == (verb, "endpointslices.discovery.k8s.io")
+        assert entry["advice"] == (
+            'add this rule to the agent\'s ClusterRole: - {apiGroups: ["discovery.k8s.io"], '
+            'resources: ["endpointslices"], verbs: ["list", "watch"]}'
+        )
         assert "system:serviceaccount" in entry["answer"]
         assert not run.inbox.synced
         server.heal()
@@ -641,6 +783,14 @@ def test_tls(tmp_path: Path) -> None:
         with Run(server, connection=connect(str(config))) as run:
             assert run.wait_logged(AWAY)["reason"] == "CERTIFICATE_VERIFY_FAILED"
         document = yaml.safe_load(config.read_text())
+        document["clusters"][0]["cluster"]["insecure-skip-tls-verify"] = True
+        config.write_text(yaml.safe_dump(document))
+        with warnings.catch_warnings(record=True) as raw:
+            with Run(server, connection=connect(str(config))) as run:
+                run.inbox.wait_synced()
+            assert len(run.logged("tls_not_verified")) == 1
+        assert not raw
+        del document["clusters"][0]["cluster"]["insecure-skip-tls-verify"]
         document["clusters"][0]["cluster"]["certificate-authority"] = "server.crt"
         config.write_text(yaml.safe_dump(document))
         with Run(server, connection=connect(str(config))) as run:
@@ -706,10 +856,21 @@ def test_status(run: Run) -> None:
     assert int(services.resource_version) > 0
     assert services.last_message is not None
     assert max(services.since, services.last_message) <= time.monotonic()
+    assert services.last_valid is not None
     run.server.answer(500)
     run.server.abort()
     run.wait_logged(AWAY)
     assert any(s.errors for s in run.follower.status())
+    # answers that show nothing of the current state are messages and not valid ones
+    valid = {s.resource: s.last_valid for s in run.follower.status()}
+    before = len(run.server.seen)
+    run.server.wait_for(lambda: len(run.server.seen) > before + 10)
+    assert {s.resource: s.last_valid for s in run.follower.status()} == valid
+    run.server.heal()
+    run.reaches("after")
+    status = {s.resource: s for s in run.follower.status()}["services"]
+    assert status.last_valid is not None
+    assert status.last_valid > (valid["services"] or 0)
 
 
 # --- size ---------------------------------------------------------------------------------------
@@ -719,17 +880,19 @@ import re, sys, threading, time
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 import structlog
-from rules.events import Synced
-from agent.sources.kubernetes.follower import Follower, connect
+from rules.events import ApiServers, Synced
+from agent.sources.kubernetes.connection import connect
+from agent.sources.kubernetes.follower import ClusterFollower
 before, began = peak(), time.perf_counter()
 connection = connect(server=sys.argv[1])
 connected, loaded = peak(), time.perf_counter()
 synced, kept = threading.Event(), []
 def put(events):
-    kept.extend(events)
+    kept.extend(e for e in events if not isinstance(e, ApiServers))
     if isinstance(events[-1], Synced):
         synced.set()
-follower = Follower(connection, "node-1", "", put, structlog.get_logger())
+follower = ClusterFollower(
+    connection, "node-1", "", put, structlog.get_logger(), failed=lambda *_: None)
 follower.start()
 assert synced.wait(60)
 done = time.perf_counter()

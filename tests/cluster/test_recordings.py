@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.sources.kubernetes.reflector import Ask, Reflector, Timing, resources
+from agent.sources.kubernetes.reflector import Reflector, RequestType, Timing, resources
 from rules.decode import decode_any
 from rules.events import NodeAddresses, Upsert
 from rules.options import Options
@@ -76,11 +76,11 @@ def replayed(pieces: int) -> State:
         reflector.request()
         reflector.answered(422)
         reflector.finished()
-        assert reflector.request().ask is Ask.LIST
+        assert reflector.request().type is RequestType.LIST
         reflector.answered(200)
         reflector.received(recording(f"list-{plural}.json"))
         state.apply(reflector.finished().events)
-        assert reflector.request().ask is Ask.WATCH
+        assert reflector.request().type is RequestType.WATCH
         reflector.answered(200)
         data = recording(f"watch-{plural}.jsonl")
         cuts = sorted(rng.sample(range(1, len(data)), pieces - 1))

@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 from agent.config.settings import Settings
-from agent.sources.kubernetes.reflector import INITIAL_EVENTS_END, Reflector, resources
+from agent.sources.kubernetes.formats import INITIAL_EVENTS_END
+from agent.sources.kubernetes.reflector import Reflector, resources
 from rules.events import NodeAddresses, Upsert
 from rules.state import State
 from rules.transaction import Transaction, encode

@@ -15,7 +15,8 @@ from agent.config import file as config_file
 from agent.config.settings import Settings
 from agent.kernel.sysctl import ConntrackSettings
 from agent.log import configure
-from agent.sources.kubernetes.follower import Follower, connect
+from agent.sources.kubernetes.connection import connect
+from agent.sources.kubernetes.follower import ClusterFollower
 from rules.events import Event, Synced
 from rules.options import DetectLocalMode
 from tests.cluster.apiserver import ApiServer
@@ -65,7 +66,14 @@ def asked(*, streaming: bool) -> set[tuple[str, str, str]]:
             complete.set()
 
     with ApiServer(streaming=streaming) as server:
-        follower = Follower(connect(server=server.url), "node-1", "", put, configure("error"))
+        follower = ClusterFollower(
+            connect(server=server.url),
+            "node-1",
+            "",
+            put,
+            configure("error"),
+            failed=lambda *_: None,
+        )
         follower.start()
         try:
             assert complete.wait(20)

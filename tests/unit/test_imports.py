@@ -25,7 +25,7 @@ contexts: [{name: a, context: {cluster: a, user: a}}]
 LIGHTLY = "from agent.imports import lightly; lightly('agent.cli.run'); "
 
 CONNECT = (
-    LIGHTLY + "from agent.sources.kubernetes.follower import connect; connection = connect({}); "
+    LIGHTLY + "from agent.sources.kubernetes.connection import connect; connection = connect({}); "
 )
 
 

@@ -398,9 +398,9 @@ def test_watches(metrics: Metrics) -> None:
 
 
 def test_the_states_are_those_of_the_source() -> None:
-    from agent.sources.kubernetes.follower import Status
+    from agent.sources.kubernetes.follower import WatchStatus
 
-    assert get_args(get_type_hints(Status)["state"]) == WATCH_STATES
+    assert get_args(get_type_hints(WatchStatus)["state"]) == WATCH_STATES
 
 
 def test_connections_are_asked_for_at_a_scrape() -> None:

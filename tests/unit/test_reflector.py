@@ -13,14 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.sources.kubernetes.formats import MAX_EVENT_BYTES, Lines
 from agent.sources.kubernetes.reflector import (
-    MAX_LINE_BYTES,
-    Ask,
-    Lines,
+    ApiRequest,
+    Outcome,
     Reflector,
-    Request,
+    RequestType,
     Resource,
-    Step,
     Timing,
     resources,
 )
@@ -60,29 +59,33 @@ class Table(dict[Name | str, Object]):
 
 
 class Client:
-    """Answers a Reflector's requests by hand and applies what it says."""
+    """Answers a Reflector's requests by hand and applies what it says.
+
+    Without `streams` it refuses streaming lists, as a server does that has none.
+    """
 
     def __init__(self, resource: Resource = SERVICES, *, streams: bool = False) -> None:
         self.reflector = Reflector(resource, Timing(), random.Random(1))
         self.table = Table()
         self.told: list[Event] = []
-        if not streams:
-            self.ask(Ask.STREAM)
-            self.answer(422, b"")
+        self.streams = streams
 
-    def ask(self, ask: Ask) -> Request:
+    def ask(self, wanted: RequestType) -> ApiRequest:
         request = self.reflector.request()
-        assert request.ask is ask, request
+        if request.type is RequestType.STREAM and not self.streams:
+            assert self.answer(422, b"") == Outcome([])
+            request = self.reflector.request()
+        assert request.type is wanted, request
         return request
 
-    def answer(self, code: int, *pieces: bytes, broken: str = "", retry_after: str = "") -> Step:
+    def answer(self, code: int, *pieces: bytes, broken: str = "", retry_after: str = "") -> Outcome:
         self.reflector.answered(code, retry_after)
         for piece in pieces:
             if not self.reflector.over:
                 self.tell(self.reflector.received(piece))
         return self.end(broken)
 
-    def end(self, broken: str = "") -> Step:
+    def end(self, broken: str = "") -> Outcome:
         step = self.reflector.finished(broken)
         self.tell(step.events)
         return step
@@ -162,10 +165,10 @@ def test_lists_and_watches_give_the_final_lists(
     resource: Resource, plural: str, first: list[int], second: list[int]
 ) -> None:
     client = Client(resource)
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     step = client.answer(200, *split(recording(f"list-{plural}.json"), first))
     assert step.delay == 0
-    request = client.ask(Ask.WATCH)
+    request = client.ask(RequestType.WATCH)
     assert request.query["resourceVersion"] == "849"
     client.answer(200, *split(recording(f"watch-{plural}.jsonl"), second))
     # the lists were recorded without a selector, the watches with one: these two are not watched
@@ -181,7 +184,7 @@ def test_streams_say_the_same_however_they_are_split(pieces: list[int]) -> None:
     data = recording("watchlist-endpointslices.jsonl")
     whole, split_up = Client(SLICES, streams=True), Client(SLICES, streams=True)
     for client, parts in ((whole, [data]), (split_up, split(data, pieces))):
-        client.ask(Ask.STREAM)
+        client.ask(RequestType.STREAM)
         client.answer(200, *parts)
     assert split_up.told == whole.told
     last = msgspec.json.decode(data.splitlines()[-1])["object"]["metadata"]["resourceVersion"]
@@ -190,7 +193,7 @@ def test_streams_say_the_same_however_they_are_split(pieces: list[int]) -> None:
 
 def test_a_stream_begins_with_all_of_its_list_at_once() -> None:
     client = Client(SLICES, streams=True)
-    request = client.ask(Ask.STREAM)
+    request = client.ask(RequestType.STREAM)
     assert request.query["sendInitialEvents"] == "true"
     assert "resourceVersion" not in request.query
     head, tail = recording("watchlist-endpointslices.jsonl").split(INITIAL.encode())
@@ -208,25 +211,25 @@ def test_a_stream_begins_with_all_of_its_list_at_once() -> None:
 
 def test_recorded_pages() -> None:
     client = Client(SLICES)
-    assert client.ask(Ask.LIST).query["limit"] == "500"
+    assert client.ask(RequestType.LIST).query["limit"] == "500"
     client.answer(200, recording("list-endpointslices-page1.json"))
     assert client.told == []
     token = msgspec.json.decode(recording("list-endpointslices-page1.json"))["metadata"]["continue"]
-    request = client.ask(Ask.LIST)
+    request = client.ask(RequestType.LIST)
     assert request.query["continue"] == token
     assert request.query["labelSelector"] == SLICES.label_selector
     client.answer(200, recording("list-endpointslices-page2.json"))
-    assert client.ask(Ask.LIST).query["continue"] != token
+    assert client.ask(RequestType.LIST).query["continue"] != token
 
 
 def test_recorded_410_while_paging_begins_again_in_one_piece() -> None:
     client = Client(SLICES)
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, recording("list-endpointslices-page1.json"))
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     step = client.answer(410, recording("status-410-continue.json"))
-    assert (step.delay, step.trouble) == (0, None)
-    query = client.ask(Ask.LIST).query
+    assert (step.delay, step.failure) == (0, None)
+    query = client.ask(RequestType.LIST).query
     assert "limit" not in query
     assert "continue" not in query
     client.answer(200, recording("list-endpointslices.json"))
@@ -236,7 +239,7 @@ def test_recorded_410_while_paging_begins_again_in_one_piece() -> None:
 
 def following() -> Client:
     client = Client()
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(100, service("a", 10), service("b", 20)))
     assert names(client.news()) == ["+ns/a", "+ns/b"]
     return client
@@ -245,13 +248,13 @@ def following() -> Client:
 @pytest.mark.parametrize("as_status", [True, False])
 def test_recorded_410_of_a_watch(as_status: bool) -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     if as_status:
         client.answer(410, recording("status-410.json"))
     else:
         client.answer(200, recording("watch-410.jsonl"))
     assert client.reflector.listing
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     step = client.answer(200, listed(200, service("b", 20), service("c", 150)))
     assert names(client.news()) == ["+ns/c", "-ns/a"]
     assert client.reflector.relists == 1
@@ -262,10 +265,10 @@ def test_recorded_410_of_a_watch(as_status: bool) -> None:
 def test_recorded_refusals(code: int, kind: str) -> None:
     client = Client()
     for _ in range(2):
-        client.ask(Ask.LIST)
+        client.ask(RequestType.LIST)
         step = client.answer(code, recording(f"status-{code}.json"))
-    assert step.trouble
-    assert step.trouble.kind == kind
+    assert step.failure
+    assert step.failure.kind == kind
     assert 0 < step.delay <= 30
     assert not client.reflector.settled
 
@@ -275,67 +278,67 @@ def test_recorded_refusals(code: int, kind: str) -> None:
 
 def test_a_cut_line_is_dropped_and_the_watch_goes_on_behind_the_last_whole_one() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     whole, cut = line("ADDED", service("c", 101)), line("ADDED", service("d", 102))
     step = client.answer(200, whole + cut[:-1], broken="connection reset")
     assert names(client.news()) == ["+ns/c"]
-    assert step.trouble is None
-    assert client.ask(Ask.PROBE).query["limit"] == "1"
+    assert step.failure is None
+    assert client.ask(RequestType.PROBE).query["limit"] == "1"
     client.answer(200, listed(102, service("a", 10)))
-    assert client.ask(Ask.WATCH).query["resourceVersion"] == "101"
+    assert client.ask(RequestType.WATCH).query["resourceVersion"] == "101"
 
 
 def test_an_orderly_end_is_followed_by_the_next_watch_at_once() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     step = client.answer(200, bookmark(140))
-    assert step == Step([])
-    assert client.ask(Ask.WATCH).query["resourceVersion"] == "140"
+    assert step == Outcome([])
+    assert client.ask(RequestType.WATCH).query["resourceVersion"] == "140"
 
 
 def test_an_end_without_a_word_is_not_trusted() -> None:
     client = following()
-    client.ask(Ask.WATCH)
-    assert client.answer(200).trouble is None
-    client.ask(Ask.PROBE)
+    client.ask(RequestType.WATCH)
+    assert client.answer(200).failure is None
+    client.ask(RequestType.PROBE)
 
 
 def test_a_server_that_went_back_in_time() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     client.answer(200, line("MODIFIED", service("b", 110)), broken="silent")
-    client.ask(Ask.PROBE)
+    client.ask(RequestType.PROBE)
     client.answer(200, listed(105))
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     # the same versions may stand for other contents: all of them are told
     client.answer(200, listed(106, service("b", 110), service("c", 104)))
     assert names(client.news()) == ["+ns/b", "+ns/b", "+ns/c", "-ns/a"]
-    assert client.ask(Ask.WATCH).query["resourceVersion"] == "106"
+    assert client.ask(RequestType.WATCH).query["resourceVersion"] == "106"
 
 
 def test_a_list_that_went_back_in_time_is_asked_for_again() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     client.answer(410, b"")
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(50, service("a", 10)))
     assert client.news() == []
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(51, service("a", 10)))
     assert names(client.news()) == ["+ns/a", "-ns/b"]
 
 
 def test_a_watch_that_goes_back_in_time() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     step = client.answer(200, line("ADDED", service("c", 60)))
-    assert (client.news(), step.trouble) == ([], None)
-    client.ask(Ask.LIST)
+    assert (client.news(), step.failure) == ([], None)
+    client.ask(RequestType.LIST)
 
 
 def test_bookmarks_and_deletions() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     data = bookmark(120) + line("DELETED", service("a", 121)) + line("MODIFIED", service("b", 122))
     client.answer(200, data)
     assert client.told == [
@@ -348,7 +351,7 @@ def test_bookmarks_and_deletions() -> None:
 
 def test_an_object_that_does_not_decode() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     broken = service("a", 130)
     broken["spec"] = {"ports": "none"}
     client.answer(200, line("MODIFIED", broken) + line("MODIFIED", service("b", 131)))
@@ -358,9 +361,9 @@ def test_an_object_that_does_not_decode() -> None:
     assert client.reflector.version == "131"
     # it is known, so a relist neither complains again nor deletes it
     client.reflector.invalid.clear()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     client.answer(410, b"")
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(140, broken, service("b", 131)))
     assert client.news() == []
     assert not client.reflector.invalid
@@ -368,26 +371,26 @@ def test_an_object_that_does_not_decode() -> None:
 
 def test_an_object_without_a_name_keeps_those_that_it_could_be() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     client.answer(410, b"")
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(140, {"metadata": {"name": 5}}, service("b", 20)))
     assert client.news() == []
     assert len(client.reflector.invalid) == 1
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     client.answer(200, line("ADDED", {"metadata": {}}) + line("ADDED", service("c", 150)))
     assert names(client.news()) == ["+ns/c"]
 
 
 def test_a_body_that_is_no_watch() -> None:
     client = following()
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     client.answer(200, b"<html>\n" + line("ADDED", service("c", 150)))
     assert client.news() == []
-    client.ask(Ask.PROBE)
+    client.ask(RequestType.PROBE)
     step = client.answer(200, b"<html>")
-    assert step.trouble
-    assert step.trouble.kind == "refused"
+    assert step.failure
+    assert step.failure.kind == "refused"
 
 
 # --- streams ------------------------------------------------------------------------------------
@@ -395,7 +398,7 @@ def test_a_body_that_is_no_watch() -> None:
 
 def test_changes_before_the_end_of_a_stream() -> None:
     client = Client(streams=True)
-    client.ask(Ask.STREAM)
+    client.ask(RequestType.STREAM)
     client.answer(
         200,
         line("ADDED", service("a", 10)),
@@ -406,29 +409,29 @@ def test_changes_before_the_end_of_a_stream() -> None:
         bookmark(23),
     )
     assert names(client.told) == ["+ns/b"]
-    assert client.ask(Ask.WATCH).query["resourceVersion"] == "23"
+    assert client.ask(RequestType.WATCH).query["resourceVersion"] == "23"
 
 
 @pytest.mark.parametrize("broken", ["", "connection reset"])
 def test_a_stream_that_does_not_end_its_list_is_followed_by_pages(broken: str) -> None:
     client = Client(streams=True)
-    client.ask(Ask.STREAM)
+    client.ask(RequestType.STREAM)
     client.answer(200, line("ADDED", service("a", 10)), bookmark(10), broken=broken)
     assert client.told == []
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(11))
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     client.answer(410, b"")
-    client.ask(Ask.STREAM)  # which may work by now
+    client.ask(RequestType.STREAM)  # which may work by now
 
 
 def test_errors_in_a_stream() -> None:
     client = Client(streams=True)
-    client.ask(Ask.STREAM)
+    client.ask(RequestType.STREAM)
     client.answer(200, line("ADDED", service("a", 10)), error(410))
-    client.ask(Ask.STREAM)
+    client.ask(RequestType.STREAM)
     client.answer(200, error(500))
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
 
 
 # --- delays -------------------------------------------------------------------------------------
@@ -446,15 +449,15 @@ def test_backoff_doubles_and_begins_again_after_success() -> None:
     client.reflector._random = Highest()
     delays = []
     for _ in range(8):
-        client.ask(Ask.LIST)
+        client.ask(RequestType.LIST)
         step = client.end("connection refused")
-        assert step.trouble
-        assert step.trouble.kind == "unreachable"
+        assert step.failure
+        assert step.failure.kind == "unreachable"
         delays.append(step.delay)
     assert delays == [0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(1))
-    client.ask(Ask.WATCH)
+    client.ask(RequestType.WATCH)
     assert client.answer(500, b"").delay == 0.8
 
 
@@ -462,22 +465,22 @@ def test_quiet_watches_that_are_cut_again_and_again_are_opened_soon() -> None:
     client = following()
     client.reflector._random = Highest()
     for _ in range(10):
-        client.ask(Ask.WATCH)
+        client.ask(RequestType.WATCH)
         client.reflector.answered(200)
-        assert client.reflector.finished("no answer in time", 150.0) == Step([], 0.8)
-        client.ask(Ask.PROBE)
-        assert client.answer(200, listed(100)) == Step([])
+        assert client.reflector.finished("no answer in time", 150.0) == Outcome([], 0.8)
+        client.ask(RequestType.PROBE)
+        assert client.answer(200, listed(100)) == Outcome([])
 
 
 @pytest.mark.parametrize(("code", "kind"), [(429, "busy"), (503, "unreachable")])
 def test_retry_after(code: int, kind: str) -> None:
     client = Client()
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     step = client.answer(code, b"", retry_after="7")
-    assert step.trouble
-    assert step.trouble.kind == kind
+    assert step.failure
+    assert step.failure.kind == kind
     assert 7 <= step.delay <= 7.8
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     assert client.answer(code, b"", retry_after="in a moment").delay <= 1.6
 
 
@@ -486,21 +489,21 @@ def test_lists_that_are_too_old_at_once_do_not_spin() -> None:
     client.reflector._random = Highest()
     delays = []
     for version in range(5):
-        client.ask(Ask.LIST)
+        client.ask(RequestType.LIST)
         client.answer(200, listed(version + 1))
-        client.ask(Ask.WATCH)
+        client.ask(RequestType.WATCH)
         delays.append(client.answer(200, error(410)).delay)
     assert delays == [0.8, 1.6, 3.2, 6.4, 12.8]
 
 
 def test_a_page_is_asked_for_again() -> None:
     client = Client()
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(9, service("a", 1), token="next"))
     for _ in range(2):
-        assert client.ask(Ask.LIST).query["continue"] == "next"
+        assert client.ask(RequestType.LIST).query["continue"] == "next"
         client.answer(200, b'{"metadata', broken="connection reset")
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     client.answer(200, listed(9, service("b", 2)))
     assert names(client.told) == ["+ns/a", "+ns/b"]
 
@@ -519,17 +522,17 @@ def test_what_is_optional_keeps_nobody_waiting() -> None:
 def test_one_401_is_a_token_that_ran_out() -> None:
     client = following()
     for _ in range(2):
-        client.ask(Ask.WATCH)
-        assert client.answer(401, b"") == Step([])
-        client.ask(Ask.WATCH)
+        client.ask(RequestType.WATCH)
+        assert client.answer(401, b"") == Outcome([])
+        client.ask(RequestType.WATCH)
         client.answer(200, bookmark(100))
 
 
 def test_a_list_without_a_version_does_not_spin() -> None:
     client = Client()
-    client.ask(Ask.LIST)
+    client.ask(RequestType.LIST)
     step = client.answer(200, b'{"items": []}')
-    assert step.trouble
+    assert step.failure
     assert not client.reflector.complete
 
 
@@ -566,6 +569,6 @@ def test_lines(pieces: list[bytes]) -> None:
 
 def test_a_line_without_end() -> None:
     lines = Lines()
-    assert lines.feed(b"x" * MAX_LINE_BYTES) == []
+    assert lines.feed(b"x" * MAX_EVENT_BYTES) == []
     with pytest.raises(ValueError, match="16 MiB"):
         lines.feed(b"x")

@@ -1,318 +1,60 @@
 """Services, EndpointSlices, this Node and the ServiceCIDRs of a cluster, listed and watched.
 
-What is asked and what the answers mean is in `agent.sources.kubernetes.reflector`. Here is the
-rest: where the API server is and how it knows us, the connections, a thread for each resource, and
-what an operator is told.
+`reflector` is the protocol, `formats` the encodings, `connection` the requests. Here are a worker
+for each resource and the log lines for the operator.
 
-The official client reads configurations (a pod's service account, kubeconfigs, exec plugins) and
-keeps tokens fresh, and its urllib3 pool carries the bytes. Its model classes and its own watch are
-not used: for 5,000 endpoints they take 190 ms where our records take 16 (*measured*). They are not
-even imported (`agent.imports`). What the client does not keep fresh (a kubeconfig's `tokenFile`, as
-kubeadm's has it, and certificates) is loaded anew every few minutes, and at once when the server
-does not accept us.
-
-In a pod the API server's address is usually that of the Service `kubernetes`, and that one works
-only where a proxy runs already. What replaces kube-proxy has to be given another address, as
-kube-proxy is in its kubeconfig.
-
-Each list is told as soon as it is complete, as one, and `Synced` behind the last one that is
-required; until then the loop programs nothing. Nothing is ever taken back because the API server
-is away.
+Each list is passed on as a whole when it is complete, and `Synced` follows the last one that is
+required; until then the loop programs nothing. Nothing is taken back because the API server is
+away.
 """
 
 from __future__ import annotations
 
-import http.client
-import logging
-import os
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Literal, NamedTuple, cast
-from urllib.parse import urlencode, urlsplit
+from contextlib import suppress
+from typing import Literal, NamedTuple
 
 import urllib3
 from structlog.typing import FilteringBoundLogger
 
+from agent.sources.kubernetes.connection import ConnectError, Connection, reason_of
 from agent.sources.kubernetes.reflector import (
-    Ask,
+    ApiRequest,
+    Failure,
     Reflector,
-    Request,
     Resource,
     Timing,
-    Trouble,
     resources,
 )
-from rules.events import Event, Synced
+from agent.worker import Failed, Worker
+from rules.events import ApiServers, Event, Synced
 
-RELOAD_SECONDS = 300.0
 MAX_BATCH = 10_000
 STOP_SECONDS = 0.5
 
 _READ_BYTES = 1 << 18
-_IN_CLUSTER = "KUBERNETES_SERVICE_HOST"
+
+State = Literal["listing", "watching", "backing off", "stopped"]
 
 
-class ConnectError(Exception):
-    """There is no API server to talk to, or no way to say who we are; says what to give."""
+class WatchStatus(NamedTuple):
+    """How following a resource goes. Times are those of `time.monotonic`.
 
-
-# --- the connection -----------------------------------------------------------------------------
-
-
-class Connection:
-    """A way to an API server. Threads may share one.
-
-    `origin` says where the configuration comes from, `server` is the API server's URL;
-    `at_service_address` tells that this is what pods are told, the Service `kubernetes`.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], Any],
-        origin: str,
-        server: str | None = None,
-        *,
-        in_cluster: bool = False,
-    ) -> None:
-        self.origin = origin
-        self.server = server or ""
-        self.at_service_address = in_cluster and not server
-        self._pinned = server
-        self._load = load
-        self._lock = threading.Lock()
-        self._client = self._new_client()
-
-    def get(self, request: Request, connect_seconds: float) -> urllib3.BaseHTTPResponse:
-        """Sends a request; returns when the answer's headers have come.
-
-        Raises ConnectError where credentials cannot be had, and urllib3's HTTPErrors.
-        """
-        client, server, headers = self._credentials()
-        streams = request.ask in (Ask.WATCH, Ask.STREAM)
-        headers["Accept"] = "application/json"
-        headers["Accept-Encoding"] = "identity" if streams else "gzip"
-        response: urllib3.BaseHTTPResponse = client.pool_manager.request(
-            "GET",
-            f"{server}{request.path}?{urlencode(request.query)}",
-            headers=headers,
-            timeout=urllib3.Timeout(connect=connect_seconds, read=request.silence),
-            preload_content=False,
-            retries=False,
-            redirect=False,
-        )
-        if response.status == 401:
-            with self._lock:
-                if client is self._client:  # else another thread was faster
-                    self._loaded_at = float("-inf")
-        return response
-
-    def _credentials(self) -> tuple[Any, str, dict[str, str]]:
-        with self._lock:
-            if time.monotonic() - self._loaded_at > RELOAD_SECONDS:
-                with suppress(ConnectError):  # what was good until now may still be
-                    self._client = self._new_client()
-            client = self._client
-            headers = {"User-Agent": "sliceproxy"}
-            with _loading(self.origin):
-                for auth in client.configuration.auth_settings().values():  # the token, if any
-                    headers[auth["key"]] = (auth["value"] or "").strip()
-            return client, self.server, headers
-
-    def _new_client(self) -> Any:
-        self._loaded_at = time.monotonic()
-        with _loading(self.origin):
-            from kubernetes.client.rest import RESTClientObject
-
-            configuration = self._load()
-            if self._pinned:
-                configuration.host = self._pinned  # decides on a proxy; its hooks may change it
-            client = RESTClientObject(configuration)
-        self.server = str(configuration.host).rstrip("/")
-        return client
-
-
-def connect(
-    kubeconfig: str | None = None, context: str | None = None, server: str | None = None
-) -> Connection:
-    """The way to the API server, as told or found.
-
-    In this order: `kubeconfig`, the files in $KUBECONFIG, the service account of the pod this
-    runs in, ~/.kube/config; `server`, a URL, overrides where they say the API server is, or
-    stands alone if there are none of them. Sends nothing. Raises ConnectError.
-    """
-    if server and urlsplit(server).scheme not in ("http", "https"):
-        raise ConnectError(f"--server {server}: write it like https://10.0.0.1:6443")
-    paths = kubeconfig or os.environ.get("KUBECONFIG")
-    if kubeconfig and not os.path.exists(os.path.expanduser(kubeconfig)):
-        raise ConnectError(f"kubeconfig {kubeconfig}: no such file")
-    home = os.path.expanduser("~/.kube/config")
-    if not paths and not context and os.environ.get(_IN_CLUSTER):
-        origin = "the service account of this pod"
-        return Connection(_in_cluster, origin, server, in_cluster=True)
-    if not paths and os.path.exists(home):
-        paths = home
-    if paths:
-        origin = f"kubeconfig {paths}" + (f", context {context}" if context else "")
-        return Connection(lambda: _from_file(paths, context), origin, server)
-    if context:
-        raise ConnectError(f"--context {context} needs a kubeconfig: give --kubeconfig FILE")
-    if server:
-        return Connection(_configuration, "no credentials", server)
-    raise ConnectError(
-        f"no API server is known: not in a pod (${_IN_CLUSTER} is not set), and there is no "
-        "kubeconfig; give --kubeconfig FILE, or --from PATH for manifests instead of a cluster"
-    )
-
-
-def _configuration() -> Any:
-    from kubernetes.client.configuration import Configuration
-
-    configuration = Configuration()
-    configuration.keep_alive = True
-    return configuration
-
-
-def _in_cluster() -> Any:
-    configuration = _configuration()
-    from kubernetes.config import incluster_config
-
-    loader = cast(Any, incluster_config)
-    loader.load_incluster_config(configuration)
-    return configuration
-
-
-def _from_file(paths: str, context: str | None) -> Any:
-    configuration = _configuration()
-    from kubernetes.config import kube_config
-
-    loader = cast(Any, kube_config)
-    loader.load_kube_config(paths, context, configuration, persist_config=False)
-    return configuration
-
-
-class _Overheard(logging.Handler):
-    """What this thread logs: the client reports failures of exec plugins in no other way."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self._thread = threading.get_ident()
-        self.words: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread:
-            self.words.append(record.getMessage())
-
-
-@contextmanager
-def _loading(origin: str) -> Iterator[None]:
-    """Makes ConnectErrors of what the client raises, or only logs, while it loads."""
-    overheard = _Overheard()
-    logging.root.addHandler(overheard)
-    try:
-        yield
-    except ConnectError:
-        raise
-    except Exception as error:  # a configuration can be wrong in more ways than the client knows
-        raise ConnectError(f"{origin}: {error or type(error).__name__}") from error
-    finally:
-        logging.root.removeHandler(overheard)
-    if overheard.words:
-        raise ConnectError(f"{origin}: {'; '.join(overheard.words)}")
-
-
-# --- what an operator is told -------------------------------------------------------------------
-
-
-class _Outlook:
-    """Logs each trouble once, when it begins, and once when it is over."""
-
-    def __init__(self, connection: Connection, log: FilteringBoundLogger) -> None:
-        self._connection = connection
-        self._log = log
-        self._lock = threading.Lock()
-        self._troubles: dict[Resource, str] = {}
-        self._since: dict[str, float] = {}
-        self.synced = False
-
-    def trouble(self, resource: Resource, verb: str, trouble: Trouble) -> None:
-        """A request has failed."""
-        event, fields = self._words(resource, verb, trouble)
-        with self._lock:
-            self._over(self._troubles.get(resource), resource, unless=event)
-            self._troubles[resource] = event
-            if event in self._since:
-                return
-            self._since[event] = time.monotonic()
-        ours = trouble.kind in ("unauthorized", "forbidden") and resource.required
-        log = self._log.error if ours else self._log.warning
-        log(event, server=self._connection.server, **fields)
-
-    def fine(self, resource: Resource) -> None:
-        """A request has been answered as it should be."""
-        with self._lock:
-            self._over(self._troubles.get(resource), resource)
-
-    def _over(self, event: str | None, resource: Resource, unless: str = "") -> None:
-        if event is None or event == unless:
-            return
-        del self._troubles[resource]
-        if event in self._troubles.values():
-            return
-        seconds = round(time.monotonic() - self._since.pop(event), 1)
-        self._log.info("the API server answers again", was=event, after_seconds=seconds)
-
-    def _words(
-        self, resource: Resource, verb: str, trouble: Trouble
-    ) -> tuple[str, dict[str, object]]:
-        what = f"{resource.plural}.{resource.group}".rstrip(".")
-        match trouble.kind:
-            case "unreachable":
-                hint = {}
-                if self._connection.at_service_address and not self.synced:
-                    hint["hint"] = (
-                        "this is the address of a Service, which works where a proxy runs already;"
-                        " give --server with the API server's own address"
-                    )
-                event = "the API server cannot be reached; the node keeps what it has"
-                return event, {"reason": trouble.text, "resource": what, **hint}
-            case "busy":
-                return "the API server is busy; waiting as it asks for", {"resource": what}
-            case "unauthorized":
-                event = (
-                    "the API server does not accept our credentials (401); check that they have "
-                    "not expired and that they are meant for this cluster"
-                )
-                return event, {"credentials": self._connection.origin, "answer": trouble.text}
-            case "forbidden":
-                event = (
-                    f"the API server does not allow us to {verb} {what} (403); "
-                    f"add this rule to our ClusterRole: {resource.rule}"
-                )
-                return event, {"answer": trouble.text}
-            case "absent" if not resource.required:
-                event = (
-                    f"the API server has no {what} (Kubernetes before 1.33); packets to addresses "
-                    "of no Service are not dropped"
-                )
-                return event, {"answer": trouble.text}
-        return f"the API server does not answer as it should about {what}", {"reason": trouble.text}
-
-
-class Status(NamedTuple):
-    """How following a resource goes. Times are of `time.monotonic`; ages are the reader's sums.
-
-    `last_message` is that of the last byte from the server, None before the first one.
+    `last_message` is the time of the last byte from the server. `last_valid` is the time of the
+    last answer that showed the resource's current state: a list, a message of a watch, a probe that
+    found nothing missing. Both are None before the first one. A watch that works has one at least
+    every three minutes; if `last_valid` is older, changes may be missing.
     """
 
     resource: str
-    state: Literal["listing", "watching", "backing off", "stopped"]
+    state: State
     since: float
     last_message: float | None
+    last_valid: float | None
     resource_version: str
     objects: int
     complete: bool
@@ -320,17 +62,130 @@ class Status(NamedTuple):
     errors: int
 
 
+# --- log lines ----------------------------------------------------------------------------------
+
+_EVENTS = {
+    "unreachable": "api_server_unreachable",
+    "busy": "api_server_busy",
+    "unauthorized": "api_server_unauthorized",
+    "forbidden": "api_server_forbidden",
+    "absent": "resource_absent",
+    "refused": "unexpected_answer",
+    "watch": "watch_failed",
+}
+_OF_ALL_RESOURCES = ("unreachable", "busy", "unauthorized")
+
+
+class _FailureLog:
+    """Logs each failure once when it begins and once when it is over."""
+
+    def __init__(self, connection: Connection, log: FilteringBoundLogger) -> None:
+        self._connection = connection
+        self._log = log
+        self._lock = threading.Lock()
+        self._failing: dict[Resource, tuple[str, ...]] = {}
+        self._since: dict[tuple[str, ...], float] = {}
+        self.synced = False
+
+    def report(self, resource: Resource, verb: str, failure: Failure | None) -> None:
+        """The failure of a resource's requests now; None if they work."""
+        with self._lock:
+            new = _failure_key(resource, verb, failure) if failure else ()
+            old = self._failing.pop(resource, ())
+            if failure:
+                self._failing[resource] = new
+            if old and old not in self._failing.values():
+                self._log.info(
+                    "api_server_recovered",
+                    was=_EVENTS[old[0]],
+                    resources=old[1:] or "all",
+                    after_seconds=round(time.monotonic() - self._since.pop(old), 1),
+                )
+            if failure and new not in self._since:
+                self._since[new] = time.monotonic()
+                self._begin(resource, verb, failure)
+
+    def _begin(self, resource: Resource, verb: str, failure: Failure) -> None:
+        server, name = self._connection.server, resource.full_name
+        match failure.kind:
+            case "unreachable":
+                advice = "the node keeps its rules; check the API server and the network to it"
+                if self._connection.at_service_address and not self.synced:
+                    advice = (
+                        "this is a Service's address, which works only where a proxy runs already;"
+                        " set --server to the API server's own address"
+                    )
+                self._log.warning(
+                    "api_server_unreachable",
+                    server=server,
+                    resource=name,
+                    reason=failure.text,
+                    advice=advice,
+                )
+            case "busy":
+                self._log.warning("api_server_busy", server=server, resource=name)
+            case "unauthorized":
+                self._log.error(
+                    "api_server_unauthorized",
+                    server=server,
+                    credentials=self._connection.origin,
+                    answer=failure.text,
+                    advice="check that the credentials are for this cluster and have not expired",
+                )
+            case "forbidden":
+                log = self._log.error if resource.required else self._log.warning
+                log(
+                    "api_server_forbidden",
+                    server=server,
+                    resource=name,
+                    verb=verb,
+                    answer=failure.text,
+                    advice=f"add this rule to the agent's ClusterRole: {resource.rule}",
+                )
+            case "absent" if not resource.required:
+                self._log.warning(
+                    "resource_absent",
+                    server=server,
+                    resource=name,
+                    answer=failure.text,
+                    advice="without ServiceCIDRs (Kubernetes before 1.33) packets to cluster IPs"
+                    " of no Service are not dropped",
+                )
+            case "watch":
+                self._log.warning(
+                    "watch_failed",
+                    server=server,
+                    resource=name,
+                    reason=failure.text,
+                    advice="changes are found by listing, more and more rarely; check what is"
+                    " between the node and the API server",
+                )
+            case _:
+                self._log.warning(
+                    "unexpected_answer", server=server, resource=name, reason=failure.text
+                )
+
+
+def _failure_key(resource: Resource, verb: str, failure: Failure) -> tuple[str, ...]:
+    """Failures with the same key are one failure."""
+    if failure.kind in _OF_ALL_RESOURCES:
+        return (failure.kind,)
+    if failure.kind == "forbidden":
+        return (failure.kind, resource.full_name, verb)
+    return (failure.kind, resource.full_name)
+
+
 # --- following ----------------------------------------------------------------------------------
 
 
-class Follower:
-    """Tells a loop what an API server has, and from then on what changes there.
+class ClusterFollower:
+    """Passes the objects of a cluster to a loop, and from then on their changes.
 
-    `put` is called in threads of this Follower, one at a time: with a list of events for each list
-    that is complete, and for whatever has arrived when a watch is read. `Synced` comes once, at
-    the end of the list that completes Services, EndpointSlices and the Node (ServiceCIDRs too,
-    unless the server has none or does not allow them). An unreachable API server is waited for.
-    `requested` is told of every answer: method, status (<error> for none), and server.
+    `put` is called in this follower's threads, one at a time: with a list of events for each
+    complete list, and with what has arrived whenever a watch is read. `Synced` is put once, at the
+    end of the list that completes Services, EndpointSlices and the Node (ServiceCIDRs too, unless
+    the server has none or does not allow them). `failed` is called if a thread ends by an error.
+    `requested` is called for each answer: method, status (<error> for none), and server.
     """
 
     def __init__(
@@ -341,104 +196,129 @@ class Follower:
         put: Callable[[list[Event]], None],
         log: FilteringBoundLogger,
         *,
+        failed: Failed,
         requested: Callable[[str, int | str, str], None] = lambda *_: None,
         timing: Timing | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._put = put
+        self._connection = connection
+        self._log = log
         self.requested = requested
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._outlook = _Outlook(connection, log)
-        self._threads = [
-            _Thread(self, resource, connection, self._outlook, log, timing=timing, rng=rng)
+        self._stopped = False
+        self._endpoints: frozenset[tuple[bytes, int]] = frozenset()
+        self._failures = _FailureLog(connection, log)
+        self._workers = [
+            _ResourceFollower(
+                self,
+                resource,
+                connection,
+                failures=self._failures,
+                log=log,
+                failed=failed,
+                timing=timing,
+                rng=rng,
+            )
             for resource in resources(node, proxy_name)
         ]
-        self._awaited = {thread.resource for thread in self._threads}
+        self._awaited = {worker.resource for worker in self._workers}
 
     def start(self) -> None:
         """Begins to follow."""
-        for thread in self._threads:
-            thread.start()
+        if not self._connection.verifies:
+            self._log.warning(
+                "tls_not_verified",
+                server=self._connection.server,
+                advice="whoever is on the network path can change this node's rules; set"
+                " certificate-authority instead of insecure-skip-tls-verify",
+            )
+        for worker in self._workers:
+            worker.start()
 
     def stop(self) -> None:
-        """Ends it; nothing is put from then on. Takes half a second at most.
+        """Stops; nothing is put from then on. Takes STOP_SECONDS at most.
 
         A thread in the middle of connecting ends by itself later; no process waits for it.
         """
         with self._lock:
-            self._stopping.set()
-        for thread in self._threads:
-            thread.interrupt()
+            self._stopped = True
+        for worker in self._workers:
+            worker.stop(0.0)
+            worker.interrupt()
         deadline = time.monotonic() + STOP_SECONDS
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(max(0.0, deadline - time.monotonic()))
+        for worker in self._workers:
+            worker.stop(max(0.0, deadline - time.monotonic()))
 
-    def status(self) -> list[Status]:
-        """How it goes, for each resource."""
-        return [thread.status() for thread in self._threads]
+    def status(self) -> list[WatchStatus]:
+        """The status of each resource."""
+        return [worker.status() for worker in self._workers]
 
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` has been called."""
-        return self._stopping.is_set()
+    def put(self, resource: Resource, events: list[Event], *, settled: bool) -> None:
+        """Puts events of a resource; it is `settled` if they complete its first list.
 
-    def wait(self, seconds: float) -> None:
-        """Returns after some seconds, or when it is to be stopped."""
-        self._stopping.wait(seconds)
-
-    def tell(self, resource: Resource, events: list[Event], *, settled: bool) -> None:
-        """Puts events of a resource; it is `settled` if they are at least all of its list.
-
-        If now there is all that was waited for, `Synced` follows them.
+        `Synced` follows them if all lists are complete now.
         """
         with self._lock:
             if settled and resource in self._awaited:
                 self._awaited.remove(resource)
                 if not self._awaited:
                     events = [*events, Synced()]
-                    self._outlook.synced = True
-            if events and not self.stopping:
+                    self._failures.synced = True
+            if events and not self._stopped:
                 self._put(events)
 
+    def put_endpoints(self) -> None:
+        """Puts the API server's addresses if they have changed. May block for a name server."""
+        endpoints = self._connection.endpoints()
+        with self._lock:
+            if endpoints != self._endpoints and not self._stopped:
+                self._endpoints = endpoints
+                self._put([ApiServers(endpoints)])
 
-class _Thread(threading.Thread):
+
+class _ResourceFollower(Worker):
     """Follows one resource."""
 
     def __init__(
         self,
-        follower: Follower,
+        follower: ClusterFollower,
         resource: Resource,
         connection: Connection,
-        outlook: _Outlook,
-        log: FilteringBoundLogger,
         *,
+        failures: _FailureLog,
+        log: FilteringBoundLogger,
+        failed: Failed,
         timing: Timing | None,
         rng: random.Random | None,
     ) -> None:
-        super().__init__(name=f"follow {resource.plural}", daemon=True)
+        super().__init__(f"follow {resource.plural}", failed)
         self.resource = resource
         self._follower = follower
         self._timing = timing or Timing()
         self._reflector = Reflector(resource, self._timing, rng)
         self._connection = connection
-        self._outlook = outlook
+        self._failures = failures
         self._log = log.bind(resource=resource.plural)
         self._lock = threading.Lock()
         self._response: urllib3.BaseHTTPResponse | None = None
-        self._state: Literal["listing", "watching", "backing off", "stopped"] = "listing"
+        self._state: State = "listing"
         self._since = time.monotonic()
+        self._began = time.monotonic()
         self._last_message: float | None = None
+        self._last_valid: float | None = None
+        self._valid_answers = 0
+        self._reported: Failure | None = None
 
-    def status(self) -> Status:
-        """See Status."""
+    def status(self) -> WatchStatus:
+        """See WatchStatus."""
         reflector = self._reflector
-        return Status(
+        return WatchStatus(
             self.resource.plural,
             self._state,
             self._since,
             self._last_message,
+            self._last_valid,
             reflector.version,
             len(reflector.known),
             reflector.complete,
@@ -453,49 +333,46 @@ class _Thread(threading.Thread):
                 with suppress(Exception):  # it may be over just now
                     self._response.shutdown()
 
-    def run(self) -> None:
+    def work(self) -> None:
         """The thread's work; use `start`."""
-        while not self._follower.stopping:
+        while not self.stopping:
             try:
                 delay = self._turn()
             except Exception:
-                if self._follower.stopping:  # what ends a read also disturbs it
+                if self.stopping:  # what ends a read also disturbs it
                     break
-                # nobody else would notice that nothing is followed any more
-                self._log.exception("following failed; listing anew")
+                self._log.exception("follow_failed")
                 self._reflector.start_over()
                 delay = self._timing.backoff[1]
             if delay > 0:
                 self._enter("backing off")
-                self._follower.wait(delay)
+                self.pause(delay)
         self._enter("stopped")
 
-    def _enter(self, state: Literal["listing", "watching", "backing off", "stopped"]) -> None:
+    def _enter(self, state: State) -> None:
         if state != self._state:
             self._state, self._since = state, time.monotonic()
 
     def _turn(self) -> float:
         """One request and all of its answer; returns the seconds to wait before the next one."""
-        request, began = self._reflector.request(), time.monotonic()
+        self._follower.put_endpoints()
+        request, self._began = self._reflector.request(), time.monotonic()
         self._enter("listing" if self._reflector.listing else "watching")
         broken = ""
         try:
             self._exchange(request)
         except (urllib3.exceptions.HTTPError, OSError, ConnectError) as error:
-            broken = _reason(error)
-        if self._follower.stopping:
+            broken = reason_of(error)
+        if self.stopping:
             return 0.0
-        step = self._reflector.finished(broken, time.monotonic() - began)
+        outcome = self._reflector.finished(broken, time.monotonic() - self._began)
         if broken:
-            self._log.debug("request broken", request=request.ask.value, reason=broken)
-        if step.trouble:
-            self._outlook.trouble(self.resource, request.verb, step.trouble)
-        elif request.ask in (Ask.LIST, Ask.PROBE) and not broken:
-            self._outlook.fine(self.resource)
-        self._tell(step.events)
-        return step.delay
+            self._log.debug("request_broken", request=request.type.value, reason=broken)
+        self._note(request)
+        self._put(outcome.events)
+        return outcome.delay
 
-    def _exchange(self, request: Request) -> None:
+    def _exchange(self, request: ApiRequest) -> None:
         try:
             response = self._connection.get(request, self._timing.connect)
         except (urllib3.exceptions.HTTPError, OSError, ConnectError):
@@ -505,9 +382,10 @@ class _Thread(threading.Thread):
             self._response = response
         try:
             self._follower.requested("GET", response.status, self._connection.server)
-            self._reflector.answered(response.status, response.headers.get("Retry-After", ""))
-            if response.status == 200 and request.ask in (Ask.WATCH, Ask.STREAM):
-                self._outlook.fine(self.resource)
+            headers = response.headers
+            self._reflector.answered(
+                response.status, headers.get("Retry-After", ""), headers.get("Content-Type", "")
+            )
             self._read(response, request)
         finally:
             with self._lock:
@@ -516,39 +394,50 @@ class _Thread(threading.Thread):
                 response.close()
             response.release_conn()
 
-    def _read(self, response: urllib3.BaseHTTPResponse, request: Request) -> None:
-        """Hands over all of an answer; what has arrived by then of a watch is told as one."""
+    def _read(self, response: urllib3.BaseHTTPResponse, request: ApiRequest) -> None:
+        """Hands over all of an answer; what has arrived by then of a watch is put as one."""
         reflector, events, due, spoke = self._reflector, list[Event](), False, False
         try:
             for data in _pieces(response):
                 self._last_message, spoke = time.monotonic(), True
                 listing = reflector.listing
-                events += reflector.received(data)
+                events += reflector.received(data, self._last_message - self._began)
                 if listing and not reflector.listing:
                     self._enter("watching")
-                    due = True  # that a list is empty is news, too
+                    due = True  # an empty list is news, too
                 due = due or bool(events or reflector.invalid)
                 if due and not (len(events) < MAX_BATCH and _has_more(response)):
-                    self._tell(events)
+                    self._put(events)
                     events, due = [], False
-                if reflector.over or self._follower.stopping:
+                self._note(request)
+                if reflector.over or self.stopping:
                     break
         except urllib3.exceptions.ReadTimeoutError:
             if spoke:
-                self._log.info("connection fell silent; connecting anew", seconds=request.silence)
+                self._log.info("connection_silent", seconds=request.silence)
             raise
         finally:
-            self._tell(events)
+            self._put(events)
 
-    def _tell(self, events: list[Event]) -> None:
+    def _note(self, request: ApiRequest) -> None:
+        """Takes down what the last piece of an answer has shown."""
+        reflector = self._reflector
+        if self._valid_answers != reflector.valid_answers:
+            self._valid_answers, self._last_valid = reflector.valid_answers, time.monotonic()
+        if reflector.failure is not self._reported:
+            self._reported = reflector.failure
+            self._failures.report(self.resource, request.verb, reflector.failure)
+
+    def _put(self, events: list[Event]) -> None:
         for invalid in self._reflector.invalid:
             self._log.error(
-                "object cannot be used; what was known of it stays",
+                "object_unusable",
                 object=invalid.subject,
                 reason=invalid.reason,
+                advice="its last valid version stays in use",
             )
         self._reflector.invalid.clear()
-        self._follower.tell(self.resource, events, settled=self._reflector.settled)
+        self._follower.put(self.resource, events, settled=self._reflector.settled)
 
 
 def _pieces(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
@@ -580,20 +469,3 @@ def _has_more(response: urllib3.BaseHTTPResponse) -> bool:
         return False
     finally:
         sock.settimeout(timeout)
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost words of an error; urllib3 wraps what the system says."""
-    inner: BaseException | None = error
-    while inner is not None:
-        match inner:
-            case http.client.IncompleteRead():
-                return "connection closed"
-            case ssl.SSLError():
-                return inner.reason or str(inner)
-            case urllib3.exceptions.ReadTimeoutError():
-                return "no answer in time"
-            case OSError() if inner.strerror:
-                return inner.strerror
-        inner = inner.__cause__ or inner.__context__
-    return str(error) or type(error).__name__

@@ -1,37 +1,45 @@
-"""List and watch: how the objects of one resource are followed at an API server, without I/O.
+"""List and watch: the protocol by which one resource is followed at an API server, without I/O.
 
-The API server numbers all its writes. A list tells what there is as of one *resource version*; a
-watch from that version tells every change after it, each as a line of JSON. Whoever has both has
-the truth, a moment late. A `Reflector` (client-go's name) turns this into events: its caller asks
-it for the next `Request`, sends that, hands over what comes back as it comes, and at the end is
-told how long to wait before the next one. Threads, sockets and clocks are the caller's.
+The API server numbers all its writes. A list is the state as of one *resource version*; a watch
+from that version is every change after it. Both together are the current state, a moment late. A
+`Reflector` (client-go's name) turns them into events: its caller asks it for the next `ApiRequest`,
+sends that, hands over the answer in pieces as they arrive, and learns at the end how long to wait
+before the next one. Threads, sockets and clocks are the caller's. It does no I/O and is not in
+`rules` because it is about the API server's protocol alone; nothing else uses it.
 
-How a list is had. Servers with the feature WatchList (beta in 1.32) send it as the beginning of a
-watch (`sendInitialEvents`): each object as an ADDED event, then a bookmark annotated
-`k8s.io/initial-events-end`, then the changes; nobody ever holds the whole text. Others refuse with
-422, and are asked for pages of 500. If the continue token of a page expires, the server offers
-another that goes on at a newer version. That one is not taken: what was deleted on pages already
-read would never be heard of. The list starts anew, in one piece this time, since its pages may be
-slower than the server's compaction.
+**Lists.** Servers with the feature WatchList (beta in 1.32) send a list as the beginning of a watch
+(`sendInitialEvents`): each object as an ADDED event, then a bookmark annotated
+`k8s.io/initial-events-end`, then the changes; neither side ever holds the whole text. Others refuse
+with 422 and are asked for pages of 500. Each list tries streaming first, and pages if that fails,
+in turn. If the continue token of a page expires, the server offers another that continues at a
+newer version. It is not used, because deletions on pages already read would be missed: the list is
+requested again as a whole, since reading it in pages may be slower than the server's compaction.
 
-Lists are asked for without a resource version: as of now. `resourceVersion=0`, "whatever your
-cache has", is cheaper for servers before 1.31, but one that lags would take the node back in time,
-to endpoints that are gone.
+Lists are requested without a resource version: as of now. `resourceVersion=0`, any state in the
+server's cache, is cheaper for servers before 1.31, but one that lags would take the node back in
+time, to endpoints that are gone.
 
 A relist becomes a difference: objects whose version is known are not decoded again, those that
 are missing become deletions. For that only names and versions are kept.
 
-A watch ends for many reasons and most are none to worry about: the server ends it after the time
-that was asked for, or closes; a line that was cut is dropped, and the next watch starts after the
-last version that arrived whole. *Bookmarks* move that version on where nothing changes, about
-once a minute. If the version is too old by then, the server says 410, as its status or as an
-ERROR event in a good answer, and there is a relist.
+**Watches.** A watch ends for many ordinary reasons: its time is over, or the server closes. An
+event that was cut is dropped, and the next watch continues after the last complete one.
+*Bookmarks* advance the version while nothing changes, about once a minute. If the version is too
+old by then, the answer is 410, as the status or as an ERROR event in a good answer; then there is a
+relist.
 
-The trap is a server that was restored from a backup. Its versions are behind ours, and to a watch
-from the future it says nothing, until it has counted up to there. So whenever a watch ended with
-an error, or never said anything, a *probe* (a list of one object) asks where the server is now. If
-that is behind what is known, no known version means anything any more: all objects are told anew,
-and the receiver finds out which differ.
+**Doubt.** A server that was restored from a backup is behind the known version, and to a watch from
+the future it says nothing until it has counted up to there. A server or a load balancer may also
+end every watch at once, send garbage, or send bookmarks without the events before them. So after a
+watch that ended with an error or was *fruitless* (no change, and over within seconds or silent) a
+*probe*, a list of one object, asks for the server's version:
+
+- It is behind: no known version means anything any more. All objects are listed and passed on.
+- It is equal: nothing was missed.
+- It is ahead: ordinarily the next watch delivers the difference. If that was silent, or was the
+  second fruitless one in a row, there is a relist, by pages.
+
+The delay between fruitless watches doubles, so that in the worst case the agent polls lists.
 
 https://kubernetes.io/docs/reference/using-api/api-concepts/, KEP 3157 (streaming lists), KEP 5504
 (versions can be compared), client-go's tools/cache/reflector.go.
@@ -44,9 +52,18 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Literal, NamedTuple
 
-import msgspec
-
-from rules.decode import decode, decode_json
+from agent.sources.kubernetes.formats import (
+    JSON,
+    JSON_TYPE,
+    PROTOBUF_TYPE,
+    Encoded,
+    EventTooLarge,
+    Format,
+    Identity,
+    Status,
+    WatchEvent,
+    format_of,
+)
 from rules.events import Delete, Event, Upsert
 from rules.objects import (
     HEADLESS_LABEL,
@@ -60,21 +77,19 @@ from rules.objects import (
     ServiceCIDR,
 )
 
-INITIAL_EVENTS_END = "k8s.io/initial-events-end"
-
-MAX_LINE_BYTES = 16 * 2**20
-"""etcd takes objects of at most 1.5 MiB; a line longer than this is no event."""
-
 MAX_RETRY_AFTER = 300.0
+PREFERRED_TYPES = f"{PROTOBUF_TYPE}, {JSON_TYPE}"
 
 
 class Timing(NamedTuple):
-    """How long things may take, in seconds, and how much is asked for at once.
+    """How long things may take, in seconds, and how much is requested at once.
 
-    A server says something about once a minute (a bookmark), so `silence` tells a connection whose
-    other end is gone. (After a restart it may say nothing about what never changes; reconnecting
-    costs little.) Delays after failures are drawn from 0 to `backoff[0]`, and the bound
-    doubles up to `backoff[1]`, so that the nodes of a cluster do not come all at once.
+    A server sends something about once a minute (a bookmark), so after `silence` the other end of
+    the connection counts as gone. (After a restart it may say nothing about what never changes;
+    reconnecting is cheap.) Delays after failures are drawn from 0 to `backoff[0]`, and the bound
+    doubles up to `backoff[1]`, so that the nodes of a cluster do not retry all at once. A watch
+    that lasted `settled` with a message counts as working. `optional_retry` is shorter than the
+    limit after which a resource without valid answers makes the agent unready.
     """
 
     connect: float = 10.0
@@ -82,12 +97,13 @@ class Timing(NamedTuple):
     silence: float = 150.0
     watch: tuple[float, float] = (300.0, 600.0)
     backoff: tuple[float, float] = (0.8, 30.0)
-    optional_retry: float = 300.0
+    settled: float = 10.0
+    optional_retry: float = 120.0
     page: int = 500
 
 
 class Resource(NamedTuple):
-    """What is followed. Only where `required` must it be listed before anything is programmed."""
+    """A resource to follow. Nothing is programmed before all that are `required` are listed."""
 
     record: type[Object]
     group: str
@@ -99,8 +115,13 @@ class Resource(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The API's name for one of them."""
+        """The kind of its objects."""
         return self.record.__name__
+
+    @property
+    def full_name(self) -> str:
+        """The plural and the API group, as RBAC and kubectl write it."""
+        return f"{self.plural}.{self.group}" if self.group else self.plural
 
     @property
     def path(self) -> str:
@@ -145,7 +166,7 @@ def resources(node: str, proxy_name: str = "") -> tuple[Resource, ...]:
     )
 
 
-class Ask(Enum):
+class RequestType(Enum):
     """What a request is for; STREAM is a list and a watch in one."""
 
     LIST = "list"
@@ -154,12 +175,13 @@ class Ask(Enum):
     PROBE = "probe"
 
 
-class Request(NamedTuple):
-    """A GET. `silence` is how many seconds the answer may pause before it counts as broken."""
+class ApiRequest(NamedTuple):
+    """A GET. `accept` is its Accept header; an answer that pauses for `silence` s is broken."""
 
-    ask: Ask
+    type: RequestType
     path: str
     query: dict[str, str]
+    accept: str
     silence: float
 
     @property
@@ -167,141 +189,63 @@ class Request(NamedTuple):
         """The verb that RBAC sees."""
         return "watch" if "watch" in self.query else "list"
 
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a watch."""
+        return self.type in (RequestType.STREAM, RequestType.WATCH)
 
-class Trouble(NamedTuple):
-    """What an operator should know. `text` is the same as long as the trouble is."""
 
-    kind: Literal["unreachable", "busy", "unauthorized", "forbidden", "absent", "refused"]
+FailureKind = Literal[
+    "unreachable", "busy", "unauthorized", "forbidden", "absent", "refused", "watch"
+]
+
+
+class Failure(NamedTuple):
+    """What an operator should know. `text` stays the same as long as the reason does."""
+
+    kind: FailureKind
     text: str
 
 
-class Step(NamedTuple):
+class Outcome(NamedTuple):
     """What follows from the end of an answer; `delay` is that of the next request, in seconds."""
 
     events: list[Event]
     delay: float = 0.0
-    trouble: Trouble | None = None
-
-
-# --- the API's shapes ---------------------------------------------------------------------------
-
-
-class _Shape(msgspec.Struct, rename="camel"):
-    pass
-
-
-class _Metadata(_Shape):
-    name: str = ""
-    namespace: str = ""
-    resource_version: str = ""
-
-
-class _Object(_Shape):
-    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
-
-
-class _BookmarkMetadata(_Shape):
-    resource_version: str
-    annotations: dict[str, str] | None = None
-
-
-class _Bookmark(_Shape):
-    metadata: _BookmarkMetadata
-
-
-class _ListMetadata(_Shape):
-    resource_version: str = ""
-    token: str | None = msgspec.field(default=None, name="continue")
-
-
-class _List(_Shape):
-    metadata: _ListMetadata
-    items: list[msgspec.Raw] | None = None
-
-
-class _Status(_Shape):
-    code: int = 0
-    reason: str | None = None
-    message: str | None = None
-
-
-class _WatchEvent(_Shape):
-    type: str
-    object: msgspec.Raw
-
-
-_objects = msgspec.json.Decoder(_Object)
-_bookmarks = msgspec.json.Decoder(_Bookmark)
-_lists = msgspec.json.Decoder(_List)
-_statuses = msgspec.json.Decoder(_Status)
-_watch_events = msgspec.json.Decoder(_WatchEvent)
-
-
-def _status(data: bytes | msgspec.Raw, code: int = 0) -> _Status:
-    """A Status, or what can be said where the body is none (a load balancer's, for instance)."""
-    try:
-        status = decode_json(_statuses, data)
-    except ValueError:
-        return _Status(code)
-    return _Status(status.code or code, status.reason, status.message)
+    failure: Failure | None = None
 
 
 def _behind(version: str, other: str) -> bool:
-    """Whether a resource version is older than another; versions that are no numbers never are."""
+    """Whether a resource version is older than another; versions that are not numbers never are."""
     return version.isdecimal() and other.isdecimal() and int(version) < int(other)
 
 
-# --- pieces -------------------------------------------------------------------------------------
-
-
-class Lines:
-    """Cuts bytes, however they arrive, into lines. Each byte is copied at most twice."""
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self._size = 0
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The lines that are complete now. Raises ValueError if one is too long to be meant."""
-        first, *others = data.split(b"\n")
-        self._pieces.append(first)
-        self._size += len(first)
-        if self._size > MAX_LINE_BYTES:
-            raise ValueError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
-        if not others:
-            return []
-        lines = [b"".join(self._pieces), *others]
-        rest = lines.pop()
-        self._pieces, self._size = [rest], len(rest)
-        return [line for line in lines if line]
-
-
-class _Listing:
-    """A list while it arrives: what there is, and what of it is news."""
+class _PartialList:
+    """A list while it arrives: the versions of all its objects, and those objects that are new."""
 
     def __init__(self, known: Mapping[Name | str, str]) -> None:
         self.known = known
         self.versions: dict[Name | str, str] = {}
-        self.news: dict[Name | str, Object] = {}
+        self.new: dict[Name | str, Object] = {}
         self.token = ""
         self.nameless = False
 
     def add(self, key: Name | str, version: str, parse: Callable[[], Object | None]) -> None:
-        """An object is there; it is parsed only if this version of it is not known."""
+        """Adds an object. It is parsed only if this version of it is not known."""
         if not (key.name if isinstance(key, Name) else key):
             self.nameless = True
             return
         if version and self.known.get(key) == version:
-            self.news.pop(key, None)
+            self.new.pop(key, None)
         elif (found := parse()) is not None:
             key = found.name  # one name for both, once in memory
-            self.news[key] = found
+            self.new[key] = found
         self.versions[key] = version
 
     def remove(self, key: Name | str) -> None:
-        """An object went while the list was being sent."""
+        """Removes an object that was deleted while the list was being sent."""
         self.versions.pop(key, None)
-        self.news.pop(key, None)
+        self.new.pop(key, None)
 
 
 # --- the protocol -------------------------------------------------------------------------------
@@ -310,7 +254,9 @@ class _Listing:
 class Reflector:
     """See the module. For each `request()`: `answered`, `received` as often as needed, `finished`.
 
-    `finished` alone if there was no answer. What cannot be decoded is appended to `invalid`.
+    `finished` alone if there was no answer. Objects that do not decode are appended to `invalid`.
+    `failure` is set from the first failed request until requests work again; `valid_answers` counts
+    those that showed the current state: lists, and messages of a watch.
     """
 
     def __init__(
@@ -323,72 +269,79 @@ class Reflector:
         self.settled = False
         self.relists = 0
         self.errors = 0
+        self.valid_answers = 0
+        self.failure: Failure | None = None
         self.invalid: list[InvalidObject] = []
         self.over = False
-        """Nothing more is to be read of this answer, though there may be more."""
+        """Nothing more is to be read of this answer, even if there is more."""
         self._timing = timing or Timing()
         self._random = rng or random.Random()
         self._latest = ""
-        self._listing: _Listing | None = None
-        self._streams = True
+        self._list: _PartialList | None = None
+        self._accept = PREFERRED_TYPES
         self._paged = False
         self._whole = False
         self._doubt = False
         self._failures = 0
-        self._gone = 0
+        self._expired = 0
         self._rejected = 0
-        self._begin(Ask.LIST)
+        self._fruitless = 0
+        self._silent = False
+        self._trusted_version = ""
+        self._begin(RequestType.LIST)
 
-    def _begin(self, ask: Ask) -> None:
-        self._ask = ask
+    def _begin(self, kind: RequestType) -> None:
+        self._type = kind
         self._code = 0
         self._retry_after = ""
+        self._format: Format = JSON
         self._body: list[bytes] = []
-        self._lines = Lines()
+        self._splitter = self._format.splitter()
         self._messages = 0
-        self._reason = ""
+        self._changed = False
+        self._broken_off = ""
+        self._began_at = self.version
         self.over = False
 
-    # asking
+    # requests
 
     @property
     def listing(self) -> bool:
-        """Whether it is not known what there is, or no longer."""
+        """Whether the current state is not known, or no longer."""
         return not self.version
 
-    def request(self) -> Request:
-        """What to ask next."""
+    def request(self) -> ApiRequest:
+        """The next request."""
         if self.version:
-            ask = Ask.PROBE if self._doubt else Ask.WATCH
+            kind = RequestType.PROBE if self._doubt else RequestType.WATCH
         else:
-            ask = Ask.STREAM if self._streams and not self._paged else Ask.LIST
-            if ask is Ask.STREAM or self._listing is None:
-                self._listing = _Listing(self.known)
-                self.relists += self.complete
-        self._begin(ask)
-        timing = self._timing
-        query = self._query(ask)
+            kind = RequestType.LIST if self._paged else RequestType.STREAM
+            if kind is RequestType.STREAM or self._list is None:
+                self._list = _PartialList(self.known)
+        self._begin(kind)
+        query = self._query(kind)
         if self.resource.label_selector:
             query["labelSelector"] = self.resource.label_selector
         if self.resource.field_selector:
             query["fieldSelector"] = self.resource.field_selector
-        silence = timing.silence if ask in (Ask.WATCH, Ask.STREAM) else timing.answer
-        return Request(ask, self.resource.path, query, silence)
+        streams = kind in (RequestType.WATCH, RequestType.STREAM)
+        silence = self._timing.silence if streams else self._timing.answer
+        return ApiRequest(kind, self.resource.path, query, self._accept, silence)
 
-    def _query(self, ask: Ask) -> dict[str, str]:
-        if ask is Ask.PROBE:
+    def _query(self, kind: RequestType) -> dict[str, str]:
+        if kind is RequestType.PROBE:
             return {"limit": "1"}
-        if ask is Ask.LIST:
+        if kind is RequestType.LIST:
             query = {} if self._whole else {"limit": str(self._timing.page)}
-            if self._listing and self._listing.token:
-                query["continue"] = self._listing.token
+            if self._list and self._list.token:
+                query["continue"] = self._list.token
             return query
         query = {
             "watch": "1",
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(round(self._random.uniform(*self._timing.watch))),
         }
-        if ask is Ask.STREAM:
+        if kind is RequestType.STREAM:
             query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
         else:
             query["resourceVersion"] = self.version
@@ -396,153 +349,183 @@ class Reflector:
 
     # answers
 
-    def answered(self, code: int, retry_after: str = "") -> None:
-        """The answer begins: its HTTP status, and its Retry-After header if it has one."""
+    def answered(self, code: int, retry_after: str = "", content_type: str = "") -> None:
+        """The answer begins: its HTTP status, and headers, empty where it has none."""
         self._code = code
         self._retry_after = retry_after
+        self._format = format_of(content_type)
+        self._splitter = self._format.splitter()
 
-    def received(self, data: bytes) -> list[Event]:
-        """A piece of the answer's body; what is news in it."""
-        if self._code != 200 or self._ask in (Ask.LIST, Ask.PROBE):
+    def received(self, data: bytes, lasted: float = 0.0) -> list[Event]:
+        """A piece of the answer's body, `lasted` seconds after the request; the events in it."""
+        if self._code != 200 or self._type in (RequestType.LIST, RequestType.PROBE):
             self._body.append(data)
             return []
         events: list[Event] = []
         try:
-            for line in self._lines.feed(data):
+            for message in self._splitter.feed(data):
                 if self.over:
                     break
-                events += self._message(decode_json(_watch_events, line))
+                events += self._message(self._format.event(message))
+        except EventTooLarge as error:
+            self._skip_event(error)
         except ValueError as error:
             self._break_off(f"not a watch event: {error}")
+        if self._messages and lasted >= self._timing.settled:
+            self._progressed()
         return events
 
     def _break_off(self, reason: str) -> None:
-        self._reason, self.over = reason, True
+        self._broken_off, self.over = reason, True
 
-    def _message(self, message: _WatchEvent) -> list[Event]:
+    def _skip_event(self, error: EventTooLarge) -> None:
+        """The same watch would end at this event again. A list of pages continues behind it."""
+        self._break_off(str(error))
+        self.failure = Failure("watch", f"{error}; listing instead")
+        self._expire()
+        self._paged = True
+
+    def _message(self, message: WatchEvent) -> list[Event]:
         match message.type:
             case "ADDED" | "MODIFIED" | "DELETED":
                 return self._change(message.object, deleted=message.type == "DELETED")
             case "BOOKMARK":
-                metadata = decode_json(_bookmarks, message.object).metadata
-                if self._listing is None:
-                    self._advance(metadata.resource_version)
-                elif INITIAL_EVENTS_END in (metadata.annotations or {}):
-                    return self._conclude(metadata.resource_version)
+                bookmark = self._format.bookmark(message.object)
+                if self._list is None:
+                    self._advance(bookmark.version)
+                elif bookmark.ends_list:
+                    return self._conclude(bookmark.version)
             case "ERROR":
-                status = _status(message.object)
+                status = self._format.error(message.object)
                 if status.code == 410:
                     self._expire()
                 self._break_off(status.message or f"error {status.code}")
         return []
 
-    def _change(self, raw: msgspec.Raw, *, deleted: bool) -> list[Event]:
-        metadata = self._metadata(raw)
-        key = self._key(metadata)
-        if self._listing is not None:
+    def _change(self, item: Encoded, *, deleted: bool) -> list[Event]:
+        identity = self._identity(item)
+        key = self._key(identity)
+        if self._list is not None:
             if deleted:
-                self._listing.remove(key)
+                self._list.remove(key)
             else:
-                self._listing.add(key, metadata.resource_version, lambda: self._decode(raw))
+                self._list.add(key, identity.version, lambda: self._decode(item))
             return []
-        self._advance(metadata.resource_version)
-        if self.over or not metadata.name:
+        if _behind(self.version, identity.version):
+            self._progressed()
+        self._advance(identity.version)
+        if self.over or not identity.name:
             return []
         if deleted:
             self.known.pop(key, None)
             return [Delete(self.resource.record, key)]
-        found = self._decode(raw)
-        self.known[found.name if found else key] = metadata.resource_version
+        found = self._decode(item)
+        self.known[found.name if found else key] = identity.version
         return [Upsert(found)] if found else []
 
-    def _metadata(self, raw: msgspec.Raw) -> _Metadata:
-        """Who an object is; without a name if it does not say so."""
+    def _identity(self, item: Encoded) -> Identity:
+        """Which object it is; one without a name is invalid."""
         try:
-            metadata = decode_json(_objects, raw).metadata
+            identity = self._format.identity(item)
             reason = "metadata.name is empty"
         except ValueError as error:
-            metadata, reason = _Metadata(), str(error)
-        if not metadata.name:
+            identity, reason = Identity("", "", ""), str(error)
+        if not identity.name:
             self.invalid.append(InvalidObject(f"{self.resource.kind} without a name", reason))
-        return metadata
+        return identity
 
-    def _key(self, metadata: _Metadata) -> Name | str:
+    def _key(self, identity: Identity) -> Name | str:
         if self.resource.namespaced:
-            return Name(metadata.namespace or "default", metadata.name)
-        return metadata.name
+            return Name(identity.namespace or "default", identity.name)
+        return identity.name
 
-    def _decode(self, raw: msgspec.Raw) -> Object | None:
+    def _decode(self, item: Encoded) -> Object | None:
         try:
-            return decode(self.resource.kind, raw)
+            return self._format.record(self.resource.kind, item)
         except InvalidObject as error:
             self.invalid.append(error)
             return None
 
     def _advance(self, version: str) -> None:
-        """A message of the watch has arrived, which is the proof that all is well."""
+        """A message of the watch has arrived."""
         if _behind(version, self.version):
             self._distrust()
             self._break_off("resource versions went backwards")
             return
         self.version = self._latest = version or self.version
         self._messages += 1
-        self._failures = self._gone = 0
+        self._valid()
+
+    def _progressed(self) -> None:
+        """The watch works: it has brought a change, or has lasted."""
+        self._changed = True
+        self._fruitless = self._failures = self._expired = 0
+        self.failure = None
+
+    def _valid(self) -> None:
+        """A valid answer. That watches work shows only when they bring a change or last."""
+        self.valid_answers += 1
+        if self.failure and self.failure.kind != "watch":
+            self.failure = None
 
     # lists
 
     def _conclude(self, version: str) -> list[Event]:
         """A list is complete as of `version`; the difference to what was known."""
-        listing, self._listing = self._listing, None
-        assert listing is not None
+        partial, self._list = self._list, None
+        assert partial is not None
         self._paged = self._whole = False
         if _behind(version, self._latest):
             self._distrust()
             self._break_off("resource versions went backwards")
             return []
-        events: list[Event] = [Upsert(new) for new in listing.news.values()]
-        gone = [key for key in self.known if key not in listing.versions]
-        if listing.nameless:  # any of those that seem to be gone may be the one without a name
-            listing.versions.update((key, self.known[key]) for key in gone)
+        events: list[Event] = [Upsert(new) for new in partial.new.values()]
+        gone = [key for key in self.known if key not in partial.versions]
+        if partial.nameless:  # any of those that seem to be gone may be the one without a name
+            partial.versions.update((key, self.known[key]) for key in gone)
         else:
             events += [Delete(self.resource.record, key) for key in gone]
-        self.known = listing.versions
-        self.version = self._latest = version
+        self.known = partial.versions
+        self.version = self._latest = self._began_at = self._trusted_version = version
+        self.relists += self.complete
         self.complete = self.settled = True
         self._failures = 0
+        self._valid()
         return events
 
-    def _page(self, body: bytes) -> Step:
-        listing = self._listing
-        assert listing is not None
+    def _page(self, body: bytes) -> Outcome:
+        partial = self._list
+        assert partial is not None
         try:
-            page = decode_json(_lists, body)
+            page = self._format.page(body)
+            for item in page.items:
+                identity = self._identity(item)
+                partial.add(
+                    self._key(identity),
+                    identity.version,
+                    lambda item=item: self._decode(item),  # type: ignore[misc]
+                )
         except ValueError as error:
-            return self._failed(Trouble("refused", f"the answer is not a list: {error}"))
-        for raw in page.items or ():
-            metadata = self._metadata(raw)
-            listing.add(
-                self._key(metadata),
-                metadata.resource_version,
-                lambda raw=raw: self._decode(raw),  # type: ignore[misc]
-            )
-        if page.metadata.token:
-            listing.token = page.metadata.token
-            return Step([])
-        if not page.metadata.resource_version:
-            return self._failed(Trouble("refused", "its list has no resource version"))
-        return Step(self._conclude(page.metadata.resource_version), self._relist_delay())
+            return self._failed(Failure("refused", f"the answer is not a list: {error}"))
+        if page.token:
+            partial.token = page.token
+            self._valid()
+            return Outcome([])
+        if not page.version:
+            return self._failed(Failure("refused", "the list has no resource version"))
+        return Outcome(self._conclude(page.version), self._relist_delay())
 
     def _relist_delay(self) -> float:
-        return self._backoff(self._gone - 1) if self.listing and self._gone else 0.0
+        return self._backoff(self._expired - 1) if self.listing and self._expired else 0.0
 
     def start_over(self) -> None:
-        """Something unforeseen has happened: list anew, and take nothing for known."""
+        """After an unforeseen error: relist, and pass on all objects."""
         self._distrust()
 
     def _expire(self) -> None:
-        """The version is too old to go on from: list anew."""
-        self.version, self._doubt, self._listing = "", False, None
-        self._gone += 1
+        """The version is too old to continue from: relist."""
+        self.version, self._doubt, self._list = "", False, None
+        self._expired += 1
 
     def _distrust(self) -> None:
         """The server went back in time: known versions may stand for other contents now."""
@@ -552,87 +535,113 @@ class Reflector:
 
     # ends
 
-    def finished(self, broken: str = "", lasted: float = 0.0) -> Step:
-        """The answer is over, or there is none; `broken` says what went wrong, if something did.
+    def finished(self, broken: str = "", lasted: float = 0.0) -> Outcome:
+        """The answer is over, or there is none; `broken` says why, where that was an error.
 
-        A watch that `lasted` longer than the longest delay, in seconds, is no reason for a longer
-        one: connections are cut when nothing happens for a while.
+        `lasted` is the seconds since the request.
         """
         body, self._body = b"".join(self._body), []
         if not self._code:
-            return self._failed(Trouble("unreachable", broken))
+            return self._failed(Failure("unreachable", broken))
         if self._code != 401:
             self._rejected = 0
         if self._code != 200:
-            return self._refused(_status(body, self._code))
-        if self._ask in (Ask.WATCH, Ask.STREAM):
-            if lasted > self._timing.backoff[1]:
-                self._failures = 0
-            return self._watch_ended(broken or self._reason)
+            return self._refused(self._format.status(body, self._code))
+        if self._type in (RequestType.WATCH, RequestType.STREAM):
+            return self._watch_ended(broken or self._broken_off, lasted)
         if broken:
-            return self._failed(Trouble("unreachable", f"the answer broke off: {broken}"))
-        return self._page(body) if self._ask is Ask.LIST else self._probed(body)
+            return self._failed(Failure("unreachable", f"the answer broke off: {broken}"))
+        return self._page(body) if self._type is RequestType.LIST else self._probed(body)
 
-    def _watch_ended(self, broken: str) -> Step:
-        if self._listing is not None:  # a server that cannot stream after all, or a bad moment
-            self._listing, self._paged = None, True
+    def _watch_ended(self, broken: str, lasted: float) -> Outcome:
+        if self._list is not None:  # a server that cannot stream after all, or a bad moment
+            self._list, self._paged = None, True
             return self._failed()
         if self.listing:
-            return Step([], self._relist_delay())
-        return self._failed() if broken or not self._messages else Step([])
+            return Outcome([], self._relist_delay())
+        if self._changed:
+            return self._failed() if broken else Outcome([])
+        if not self._fruitless:
+            self._trusted_version = self._began_at
+        self._fruitless += 1
+        self._silent = not self._messages and lasted >= self._timing.settled
+        if self._silent:  # connections are cut when nothing happens for a while
+            self._failures = 0
+            return self._failed()
+        if self._fruitless == 1:
+            return self._failed() if broken or not self._messages else Outcome([])
+        self._failures = max(self._failures, self._fruitless - 1)
+        reason = broken or ("it ended early" if self._messages else "it ended without a message")
+        return self._failed(Failure("watch", reason))
 
-    def _probed(self, body: bytes) -> Step:
+    def _probed(self, body: bytes) -> Outcome:
         try:
-            version = decode_json(_lists, body).metadata.resource_version
+            version = self._format.page(body).version
         except ValueError as error:
-            return self._failed(Trouble("refused", f"the answer is not a list: {error}"))
+            return self._failed(Failure("refused", f"the answer is not a list: {error}"))
         self._doubt = False
         if _behind(version, self.version):
             self._distrust()
-            return Step([], self._relist_delay())
-        return Step([])
+            return Outcome([], self._relist_delay())
+        missed = bool(self._fruitless) and _behind(self._trusted_version, version)
+        if missed and (self._silent or self._fruitless > 1):
+            self.version, self._paged = "", True
+        elif version == self.version:
+            self._valid()
+            if self._silent:
+                self._fruitless = 0
+        elif self.failure and self.failure.kind != "watch":
+            self.failure = None
+        return Outcome([])
 
-    def _refused(self, status: _Status) -> Step:
+    def _refused(self, status: Status) -> Outcome:
         code, words = self._code, status.message or status.reason or "no reason given"
         match code:
-            case 410 if self._ask is Ask.LIST and self._listing and self._listing.token:
-                self._listing, self._whole = None, True
-                return Step([])
-            case 410 if self._ask in (Ask.WATCH, Ask.STREAM):
+            case 410 if self._type is RequestType.LIST and self._list and self._list.token:
+                self._list, self._whole = None, True
+                return Outcome([])
+            case 410 if self._type in (RequestType.WATCH, RequestType.STREAM):
                 self._expire()
-                return Step([], self._relist_delay())
-            case 400 | 422 if self._ask is Ask.STREAM:
-                self._streams, self._listing = False, None
-                return Step([])
+                return Outcome([], self._relist_delay())
+            case 400 | 422 if self._type is RequestType.STREAM:
+                self._list, self._paged = None, True
+                return Outcome([])
+            case 406 | 415 if self._accept != JSON_TYPE:
+                self._accept = JSON_TYPE
+                return Outcome([])
             case 401:
                 self._rejected += 1
-                if self._rejected == 1:  # the token ran out; the caller has got a new one by now
-                    return Step([])
-                return self._failed(Trouble("unauthorized", words))
+                if self._rejected == 1:  # the token expired; the caller has loaded another by now
+                    return Outcome([])
+                return self._failed(Failure("unauthorized", words))
             case 403 | 404:
                 return self._denied("forbidden" if code == 403 else "absent", words)
             case 429:
-                return self._failed(Trouble("busy", "429"))
+                return self._failed(Failure("busy", "429"))
             case _ if code >= 500:
-                return self._failed(Trouble("unreachable", f"it answers {code}: {words}"))
-        return self._failed(Trouble("refused", f"it answers {code}: {words}"))
+                return self._failed(Failure("unreachable", f"it answers {code}: {words}"))
+        return self._failed(Failure("refused", f"it answers {code}: {words}"))
 
-    def _denied(self, kind: Literal["forbidden", "absent"], words: str) -> Step:
-        step = self._failed(Trouble(kind, words))
+    def _denied(self, kind: FailureKind, words: str) -> Outcome:
+        outcome = self._failed(Failure(kind, words))
         if self.resource.required:
-            return step
+            return outcome
         self.settled = True
-        return step._replace(delay=self._timing.optional_retry)
+        self.valid_answers += 1
+        return outcome._replace(delay=self._timing.optional_retry)
 
-    def _failed(self, trouble: Trouble | None = None) -> Step:
+    def _failed(self, failure: Failure | None = None) -> Outcome:
         """Try again later: when the server says so, and never all nodes at once."""
         self.errors += 1
+        self.failure = failure or self.failure
+        if self._type is RequestType.LIST and self._paged and not (self._list and self._list.token):
+            self._paged, self._list = False, None
         self._doubt = bool(self.version)
         delay = self._backoff(self._failures)
         self._failures += 1
         if self._code in (429, 503) and self._retry_after.isdecimal():
             delay += min(float(self._retry_after), MAX_RETRY_AFTER)
-        return Step([], delay, trouble)
+        return Outcome([], delay, failure)
 
     def _backoff(self, failures: int) -> float:
         first, longest = self._timing.backoff
