@@ -1,15 +1,14 @@
-"""What `sliceproxy demo` plays on: a World, the real agent on its node, and manifests to edit.
+"""The stage of `sliceproxy demo`: a World, the real agent on its node, and manifests to edit.
 
-A `Stage` is a cluster in small. Its state is a directory of manifests, a copy of the examples; its
-agent is `sliceproxy run` in a process of its own, in the namespace of the World's node, following
-that directory. Nobody sleeps here: a change counts as programmed when the agent's log says so, and
-the log comes through a pipe.
+A `Stage` is a small cluster. Its state is a directory of manifests, a copy of the examples. Its
+agent is a process, `sliceproxy run` in the namespace of the World's node, which follows that
+directory. The stage does not sleep: a change is programmed when the agent's log, read from a pipe,
+says so.
 
-Everything is taken down again on every way out, so signals must not come in between: a
-KeyboardInterrupt may fall between any two steps, also into the middle of building, of cleaning up,
-or into a lock of the standard library that then is never released. Here signals raise nothing.
-`Interrupts` takes note of them, and the stage looks at its notes before whatever takes time, and
-again and again while it waits.
+Everything is removed on every exit. A KeyboardInterrupt could be raised between any two steps, also
+while the stage is built or removed, or inside a lock of the standard library that is then never
+released. So signals raise nothing here: `Interrupts` records them, and the stage checks the record
+before each long step and regularly while it waits.
 """
 
 from __future__ import annotations
@@ -51,9 +50,9 @@ _PACKAGE = Path(__file__).resolve().parent
 _PODS, _REMOTES = 6, 8
 _THREADS = 4
 _LOOK = 0.05
-"""Seconds between two looks at whether a signal came, while waiting."""
+"""Seconds between two checks for a signal, while waiting."""
 _PATIENCE = 10.0
-"""Seconds within which the agent must have said something; far more than it ever takes."""
+"""Seconds within which the agent must have logged something; far more than it takes."""
 
 
 class DemoError(Exception):
@@ -62,7 +61,7 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Programmed:
-    """A transaction, as the agent's log tells it."""
+    """A transaction, as the agent logged it."""
 
     event: str
     """"programmed", or "verified" where the kernel had everything already."""
@@ -80,7 +79,7 @@ class Programmed:
 
 @dataclass(frozen=True)
 class Ruleset:
-    """How much stands in the kernel's tables, both families together."""
+    """The size of the kernel's tables, both families together."""
 
     rules: int
     chains: int
@@ -92,13 +91,13 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """SIGINT and SIGTERM, taken note of. Use it as a context manager, in the main thread."""
+    """Records SIGINT and SIGTERM. Use it as a context manager, in the main thread."""
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.caught: int | None = None
-        """The number of the last signal that came."""
+        """The number of the last signal."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -113,12 +112,12 @@ class Interrupts:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
+        """Raises Interrupted after a signal."""
         if self.caught is not None:
             raise Interrupted
 
     def pause(self, seconds: float) -> None:
-        """Sleeps, and raises Interrupted soon if a signal comes."""
+        """Sleeps, and raises Interrupted soon after a signal."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, _LOOK))
@@ -281,7 +280,7 @@ class Stream:
         questions: Sequence[Callable[[], Answer]],
     ) -> None:
         self.answers: list[Answer] = []
-        """What has come until the last `wait_for`; at the end, everything."""
+        """The answers until the last `wait_for`; at the end, all of them."""
         self._stage = stage
         self._pool = pool
         self._questions = questions
@@ -343,11 +342,13 @@ class _Agent:
         self._process.wait()
 
     def expect_silence(self) -> None:
-        """Raises DemoError if the agent has changed something unasked, or is gone."""
+        """Raises DemoError if the agent has changed something unasked, or has ended."""
         while not self._lines.empty():
             _, entry = self._next(0)
             if entry.get("event") == "programmed":
-                raise DemoError(f"the agent programmed something that nobody changed: {entry}")
+                raise DemoError(
+                    f"the agent programmed something although no manifest changed: {entry}"
+                )
 
     def wait_for_programmed(self, started: float) -> Programmed:
         """The next transaction; `started` is when its cause was, by time.perf_counter."""
@@ -375,7 +376,7 @@ class _Agent:
             if item is None:
                 code = self._process.wait()
                 raise DemoError(
-                    f"the agent ended ({_ending_text(code)}): {self._last or 'no word'}"
+                    f"the agent ended ({_ending_text(code)}): {self._last or 'it logged nothing'}"
                 )
             at, line = item
             self._last = line.strip() or self._last
@@ -394,7 +395,7 @@ class _Agent:
             if left <= 0:
                 raise DemoError(
                     f"the agent did not program the change within {_PATIENCE:.0f} seconds; "
-                    f"its last word was: {self._last or 'none'}"
+                    f"its last line was: {self._last or 'none'}"
                 )
 
 
@@ -432,7 +433,7 @@ class _World(World):
             raise DemoError(str(error)) from error
         except PermissionError as error:
             raise DemoError(
-                "the demo needs root, as it makes network namespaces: sudo sliceproxy demo"
+                "the demo needs root to make network namespaces: sudo sliceproxy demo"
             ) from error
         except (OSError, NetlinkError) as error:
             raise DemoError(

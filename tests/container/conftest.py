@@ -30,7 +30,7 @@ import pytest
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 
-from lab import world as worlds
+from lab import namespaces
 from lab.world import Host, World
 from tests.confinement import CONFINED
 
@@ -144,14 +144,14 @@ class ContainerWorld(World):
         def inside() -> None:
             theirs = os.open(f"/proc/{self._pid}/ns/net", os.O_RDONLY)
             try:
-                worlds._enter_namespace(theirs)
+                namespaces.enter_namespace(theirs)
             finally:
                 os.close(theirs)
-            worlds._write_sysctls(forwarding=True)
-            worlds._name_namespace(host.namespace)
+            namespaces.write_sysctls(forwarding=True)
+            namespaces.name_namespace(host.namespace)
 
-        worlds._in_fresh_thread(inside)
-        path = worlds._namespace_path(host.namespace)
+        namespaces.in_fresh_thread(inside)
+        path = namespaces.namespace_path(host.namespace)
         self._namespaces[host.name] = os.open(path, os.O_RDONLY)
 
 

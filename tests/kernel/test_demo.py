@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from pyroute2 import netns
 
-from lab import demo, stage
-from lab.demo import DemoError, Question
+from lab import demo, questions, stage
+from lab.demo import DemoError
+from lab.questions import Question
 from lab.stage import Interrupted, Interrupts
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
@@ -87,7 +88,7 @@ def test_plays_to_its_end(tmp_path):
     assert "wrote 0 elements" in " ".join(output.split())
 
 
-MOMENTS = ["A cluster made", "Who answers where", "Why is that so?", "6. kill -9"]
+MOMENTS = ["A cluster of", "Which pods answer", "Why? `explain`", "6. kill -9"]
 """Lines behind which the agent starts, connections run, a command runs, all of that does."""
 
 
@@ -99,7 +100,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, number, moment):
         process.send_signal(number)
         _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 128 + number
-    assert errors == "sliceproxy: interrupted; what the demo made is gone again\n"
+    assert errors == "sliceproxy: interrupted; all namespaces of the demo were removed\n"
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.2, 0.3, 0.4, 0.5])
@@ -114,7 +115,7 @@ def test_interrupted_while_it_is_built_it_leaves_nothing(tmp_path, seconds):
 def test_interrupted_in_the_background_of_a_script(tmp_path):
     """There SIGINT is ignored at first."""
     with playing(tmp_path, "sh", "-c", 'trap "" INT; exec "$@"', "sh") as process:
-        read_until(process, "Who answers where")
+        read_until(process, "Which pods answer")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=LONGEST)
     assert process.returncode == 128 + signal.SIGINT
@@ -123,7 +124,7 @@ def test_interrupted_in_the_background_of_a_script(tmp_path):
 def test_an_impatient_ctrl_c_changes_nothing(tmp_path):
     """A terminal signals the whole process group, here again and again."""
     with playing(tmp_path, new_session=True) as process:
-        read_until(process, "Who answers where")
+        read_until(process, "Which pods answer")
         while process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(0.005)
@@ -135,14 +136,14 @@ def test_an_impatient_ctrl_c_changes_nothing(tmp_path):
 
 def test_a_reader_that_leaves(tmp_path):
     with playing(tmp_path) as process:
-        read_until(process, "Who answers where")
+        read_until(process, "Which pods answer")
         process.stdout.close()
         assert process.wait(LONGEST) != 0
 
 
 def test_an_agent_that_dies_is_an_error(tmp_path):
     with playing(tmp_path) as process:
-        read_until(process, "Who answers where")
+        read_until(process, "Which pods answer")
         (agent,) = processes_in(tmp_path)
         os.kill(agent, signal.SIGKILL)
         _, errors = process.communicate(timeout=LONGEST)
@@ -155,18 +156,18 @@ def test_without_root_it_says_what_is_needed(monkeypatch):
         def unshare(self, _flags):
             return -1
 
-    monkeypatch.setattr("lab.world._libc", _Unprivileged())
-    monkeypatch.setattr("lab.world.ctypes.get_errno", lambda: errno.EPERM)
-    with pytest.raises(DemoError, match=r"^the demo needs root, .*: sudo sliceproxy demo$"):
+    monkeypatch.setattr("lab.namespaces._libc", _Unprivileged())
+    monkeypatch.setattr("lab.namespaces.ctypes.get_errno", lambda: errno.EPERM)
+    with pytest.raises(DemoError, match=r"^the demo needs root .*: sudo sliceproxy demo$"):
         demo.run(plain=True)
 
 
 # --- what is wrong is noticed -------------------------------------------------------------------
 
-WEB = Question("pod", demo.WEB_4, 80, pods=demo.WEB)
+WEB = Question("pod", questions.WEB_4, 80, pods=questions.WEB)
 LIES = {
-    r"web-1.* answered, but announced was web-2, web-3, web-4, web-5$": {"pods": demo.WEB[1:]},
-    r"answered, but announced was web-1, .*, web-6$": {"pods": (*demo.WEB, "web-6")},
+    r"web-1.* answered, but announced was web-2, web-3, web-4, web-5$": {"pods": questions.WEB[1:]},
+    r"answered, but announced was web-1, .*, web-6$": {"pods": (*questions.WEB, "web-6")},
     r"announced was always the same of": {"sticky": True},
     r"the pods see 172\.31\.0\.2, but they saw 10\.244\.1\.16$": {"sees": "node"},
     r"announced was refused, but it was: 20 answered$": {"outcome": "refused"},
@@ -189,7 +190,7 @@ def test_a_change_that_is_not_programmed_is_an_error(monkeypatch):
     with Interrupts() as interrupts, stage.Stage(interrupts) as played:
         played.start_agent()
         monkeypatch.setattr(stage, "_PATIENCE", 0.5)
-        with pytest.raises(DemoError, match=r"did not program the change within .* last word was"):
+        with pytest.raises(DemoError, match=r"did not program the change within .* last line was"):
             played.edit("web.yaml", lambda _: None)
 
 

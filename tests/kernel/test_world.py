@@ -367,8 +367,8 @@ def test_without_root_the_error_says_what_is_needed(leaves_nothing, monkeypatch)
         def unshare(self, _flags):
             return -1
 
-    monkeypatch.setattr("lab.world._libc", _Unprivileged())
-    monkeypatch.setattr("lab.world.ctypes.get_errno", lambda: errno.EPERM)
+    monkeypatch.setattr("lab.namespaces._libc", _Unprivileged())
+    monkeypatch.setattr("lab.namespaces.ctypes.get_errno", lambda: errno.EPERM)
     with pytest.raises(PermissionError, match="needs root"), _small_world():
         pytest.fail("the world must not come up")
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from agent.cli.main import main
 from agent.sources.manifests.follower import read
-from lab import demo
+from lab import questions
 from lab.world import World
 from rules.objects import EndpointSlice, Node, Service, ServiceCIDR, address_text
 
@@ -83,7 +83,7 @@ def test_cluster_ips_are_in_the_service_cidrs():
 
 def test_endpoints_and_nodes_are_where_the_world_has_them():
     hosts = World(pods=6, remotes=8).hosts
-    played_by = {pod: hosts[name] for name, pod in demo.PODS.items()}
+    played_by = {pod: hosts[name] for name, pod in questions.PODS.items()}
     (node,) = of_kind(Node)
     assert [address_text(a) for a in node.addresses] == [hosts["node"].ipv4, hosts["node"].ipv6]
     for piece in of_kind(EndpointSlice):
