@@ -29,7 +29,7 @@ from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
 from agent.loop import Failed, Loop, Reports, Stop, WorkerFailed
-from agent.serve.health import WATCH_TIMEOUT, HealthServer, Heartbeat, WatchAges
+from agent.serve.health import HealthServer, Heartbeat, WatchAges
 from agent.serve.http import TcpAddress, raise_descriptor_limit
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
 from rules.events import Event
@@ -205,7 +205,7 @@ def _served(
     """The health and metrics servers, while they run."""
     following = _Following()
     heartbeat, hard = Heartbeat(settings.healthz_timeout), settings.bind_address_hard_fail
-    watches = WatchAges(following.ages, WATCH_TIMEOUT, logger)
+    watches = WatchAges(following.ages, settings.watch_silence_limit, logger)
     heartbeat.silent_watches = watches.silent
     bind = settings.metrics()
     metrics = Metrics(__version__, heartbeat=heartbeat) if bind else None

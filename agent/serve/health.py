@@ -55,7 +55,6 @@ from rules.health_check import HealthCheck
 from rules.objects import Name
 
 HEALTHZ_TIMEOUT = 120.0
-WATCH_TIMEOUT = 300.0
 
 _JSON = (("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff"))
 
