@@ -31,15 +31,17 @@ def in_empty_namespace(function: Callable[[], T]) -> T:
 
 
 def nft_programs() -> dict[str, list[str]]:
-    """The nft programs there are, by version: the machine's, and that of a Debian 13 tree."""
-    found = {}
-    for command in ([shutil.which("nft") or ""], ["chroot", str(TRIXIE), "nft"]):
-        if command[0] and (command[0] != "chroot" or (TRIXIE / "usr/sbin/nft").exists()):
-            version = subprocess.run(
-                [*command, "--version"], capture_output=True, text=True, check=True
-            ).stdout.split()[1]
-            found[version.removeprefix("v")] = command
-    return found
+    """The nft programs, by version: this machine's, and that of the Debian 13 tree if it exists."""
+    commands = [["nft"]] if shutil.which("nft") else []
+    if (TRIXIE / "usr/sbin/nft").exists():
+        commands.append(["chroot", str(TRIXIE), "nft"])
+    return {nft_version(command): command for command in commands}
+
+
+def nft_version(command: list[str]) -> str:
+    """The version of an nft program, like 1.0.6."""
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.split()[1].removeprefix("v")
 
 
 def list_ruleset(command: list[str]) -> str:
