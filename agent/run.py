@@ -24,6 +24,7 @@ from agent import __version__, log
 from agent.config.file import ConfigFile
 from agent.config.settings import Settings
 from agent.kernel import addresses, kube_proxy
+from agent.kernel.affinity import AffinityWatch
 from agent.kernel.errors import KernelError
 from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.sysctl import configure
@@ -116,8 +117,10 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             _set_oom_score(settings.oom_score_adj, logger)
             configure(settings.conntrack(), logger)
         _warn_of_kube_proxy(kernel, logger)
-        stack.callback(network.stop)
-        network.start()
+        affinity = AffinityWatch(reports.recorder.remembered, logger, failed)
+        for worker in (network, affinity):
+            stack.callback(worker.stop)
+            worker.start()
         stack.callback(source.stop)
         source.start()
         loop.run()

@@ -219,6 +219,15 @@ class Kernel:
                 return flags, integer(table.get(NFTA_TABLE_OWNER, b""))
         return None
 
+    def count(self, owner: Set) -> int | None:
+        """How many elements a set of our tables has; None if it does not exist."""
+        for body in self.dump(NFT_MSG_GETSET, owner.family, string(NFTA_SET_TABLE, TABLE)):
+            found = fields(body)
+            if text(found[NFTA_SET_NAME]) == owner.name:
+                told = found.get(NFTA_SET_COUNT)
+                return len(self.elements(owner)) if told is None else integer(told)
+        return None
+
     def elements(self, owner: Set) -> dict[Key, Value]:
         """All elements of a set of our tables."""
         request = string(NFTA_SET_ELEM_LIST_TABLE, TABLE)

@@ -156,6 +156,9 @@ class Recorder:
     def flows_deleted(self, family: int, flows: int, seconds: float) -> None:
         """Connection tracking entries were deleted."""
 
+    def remembered(self, family: int, clients: int) -> None:
+        """So many clients have an entry in the map of session affinity."""
+
     def watches_from(self, watches: Callable[[], Iterable[Watch]]) -> None:
         """There is a source; `watches` tells how it goes, and is asked at every scrape."""
 
@@ -296,6 +299,13 @@ class Metrics(Recorder):
                 "kubeproxy_conntrack_reconciler_deleted_entries_total",
                 "Cumulative conntrack flows deleted by conntrack reconciler",
                 "ip_family",
+            )
+        )
+        self._remembered = _by_family(
+            self._gauge(
+                "sliceproxy_affinity_clients",
+                "Clients remembered for session affinity, of 65536 at most",
+                "family",
             )
         )
         self._flow_time = _by_family(
@@ -485,6 +495,10 @@ class Metrics(Recorder):
         """See Recorder."""
         self._flows[family].inc(flows)
         self._flow_time[family].observe(seconds)
+
+    def remembered(self, family: int, clients: int) -> None:
+        """See Recorder."""
+        self._remembered[family].set(clients)
 
     def watches_from(self, watches: Callable[[], Iterable[Watch]]) -> None:
         """See Recorder."""

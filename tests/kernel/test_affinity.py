@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import structlog
 
+from agent.kernel.affinity import AffinityWatch
 from lab.world import World
 from rules.frontends import destination_key
 from rules.netlink.batch import Batch
@@ -606,3 +608,49 @@ def test_a_pod_that_invents_clients_fills_the_map_and_moves_no_others(
     first = crowd.ask(net.at("cluster-ip"))
     for _ in range(3):
         assert crowd.ask(net.at("cluster-ip")) == first
+
+
+def test_a_full_map_is_counted_and_logged_once_and_so_is_room(proxy: Start, net: Net) -> None:
+    p = proxy()
+    service = sticky(net)
+    p.put(service, net.slice("pod-1"))
+    counts: dict[int, int] = {}
+    lines: list[dict[str, Any]] = []
+
+    def keep(_logger: object, _level: str, event: Any) -> Any:
+        lines.append(dict(event))
+        raise structlog.DropEvent
+
+    logger = structlog.wrap_logger(
+        None, processors=[keep], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    failures: list[Exception] = []
+    watch = p.world.run(
+        "node",
+        lambda: AffinityWatch(
+            counts.__setitem__, logger, lambda _, error: failures.append(error), seconds=0.02
+        ),
+    )
+    p.world.run("node", watch.start)  # a thread is born in the namespace of the one that starts it
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, (counts, lines, failures)
+            time.sleep(0.02)
+
+    try:
+        net.server("client", net.at("cluster-ip"))
+        wait(lambda: counts.get(net.family) == 1)
+        fill(p, net.family, service)
+        net.server("stranger", net.at("cluster-ip"))
+        wait(lambda: bool(lines))
+        assert (lines[0]["event"], lines[0]["family"]) == ("affinity_full", net.family)
+        net.server("stranger", net.at("cluster-ip"))
+        p.put(net.service())  # without affinity there is no map
+        wait(lambda: len(lines) == 2)
+        assert lines[1]["event"] == "affinity_has_room"
+        wait(lambda: counts[net.family] == 0)
+    finally:
+        watch.stop()
+    assert not failures

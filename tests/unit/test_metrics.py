@@ -198,6 +198,7 @@ KUBE_PROXYS: dict[str, tuple[str, set[str], str]] = {
     ),
 }
 OURS: dict[str, tuple[str, set[str]]] = {
+    "sliceproxy_affinity_clients": ("gauge", {"family"}),
     "sliceproxy_elements": ("gauge", {"family", "map"}),
     "sliceproxy_element_operations": ("counter", {"operation", "map"}),
     "sliceproxy_transaction_seconds": ("histogram", set()),
