@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import structlog
 
-from agent.kernel.conntrack import Flows
+from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
+from agent.kernel.flows import FlowCleaner, Look
 from agent.kernel.readahead import ReadAhead, read_now
 from agent.kernel.tables import Kernel
 from agent.kernel.watcher import Watcher
@@ -122,7 +123,7 @@ class Loop:
         show_elements: bool = False,
         reports: Reports | None = None,
         ahead: ReadAhead | None = None,
-        flows: Flows | None = None,
+        connect_conntrack: Callable[[], Conntrack] = Conntrack,
         expects_node: bool = False,
     ) -> None:
         self.state = state
@@ -130,8 +131,10 @@ class Loop:
         self._kernel = kernel
         self._log = log
         self._ahead = ahead
-        self._flows = flows or Flows(log)
         self._recorder, self._heartbeat, self._report_health_checks = reports or Reports()
+        self._flows = FlowCleaner(
+            log, self._worker_failed, self._recorder.flows_deleted, connect_conntrack
+        )
         self._expects_node = state.local.expected = expects_node
         self._queue: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
         self._load_until = time.monotonic() + LOAD_SECONDS
@@ -154,9 +157,10 @@ class Loop:
             watcher = Watcher(
                 self._kernel.port,
                 lambda: self.put(Disturbed()),
-                lambda name, error: self.put(Failed(name, error)),
+                self._worker_failed,
             )
             watcher.start()
+        self._flows.start()
         try:
             while self._turn():
                 pass
@@ -165,6 +169,10 @@ class Loop:
                 watcher.stop()
             if self._ahead:
                 self._ahead.stop()
+            self._flows.stop()
+
+    def _worker_failed(self, name: str, error: Exception) -> None:
+        self.put(Failed(name, error))
 
     def _turn(self) -> bool:
         """Applies everything that is queued, then programs it. False after `Stop`."""
@@ -292,7 +300,7 @@ class Loop:
         self._keep_heap()
         for family in FAMILIES:
             self._forget(family)
-        self._forget_flows(transaction.change.stale_udp, everything=True)
+        self._look_for_stale_flows(transaction.change.stale_udp, everything=True)
 
     @staticmethod
     def _keep_heap() -> None:
@@ -303,6 +311,10 @@ class Loop:
         gc.enable()
 
     def _apply(self, transaction: Transaction, started: float, *, compared: bool = False) -> None:
+        if compared:
+            self._flows.expect(self.state.udp_serving(), everything=True)
+        else:
+            self._flows.expect(transaction.change.udp_serving)
         sent_at = time.perf_counter()
         size = self._kernel.apply(transaction) if transaction else 0
         done_at = time.perf_counter()
@@ -317,7 +329,7 @@ class Loop:
         for family in transaction.change.stale_affinity:
             self._forget(family)
         if not compared:  # behind the affinity map, which would bring a stale flow back
-            self._forget_flows(transaction.change.stale_udp)
+            self._look_for_stale_flows(transaction.change.stale_udp)
         if self._show_elements:
             for command in commands(transaction):
                 self._log.debug("change", command=command)
@@ -330,12 +342,10 @@ class Loop:
                 bytes=size,
             )
 
-    def _forget_flows(self, formerly: Mapping[Claim, Serving], *, everything: bool = False) -> None:
-        """Deletes the UDP flows from conntrack that have no endpoint any more."""
-        started = time.perf_counter()
-        deleted = self._flows.forget(formerly, self.state.flow_is_stale, everything=everything)
-        for family, flows in deleted.items():
-            self._recorder.flows_deleted(family, flows, time.perf_counter() - started)
+    def _look_for_stale_flows(
+        self, formerly: Mapping[Claim, Serving], *, everything: bool = False
+    ) -> None:
+        self._flows.look(Look(formerly, self.state.node_port_addresses(), everything))
 
     def _forget(self, family: int) -> None:
         """Deletes the affinity of clients whose endpoints were removed, after the transaction."""

@@ -23,7 +23,7 @@ import msgspec
 from rules.language import Set
 from rules.program import Claim, SetElement, Wanted
 from rules.slots import LADDER, Slots, assign, fitting
-from rules.stale_flows import Serving, must_look
+from rules.stale_flows import Serving, is_udp, must_look
 from rules.tables import PLAIN, SETS, balancer, width_of
 from rules.target import Target
 from rules.text import Element, Key, Value
@@ -35,6 +35,7 @@ class Change:
     `stale_affinity` holds the families in which sticky clients may be remembered for endpoints
     that went, so that the affinity map must be gone through. `stale_udp` holds the claims that may
     have stale flows, each with what served it before: those in conntrack must be gone through.
+    `udp_serving` has the UDP claims that other targets serve now, None for a claim that has ended.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class Change:
         self.added: dict[Set, list[Element]] = {}
         self.stale_affinity: set[int] = set()
         self.stale_udp: dict[Claim, Serving] = {}
+        self.udp_serving: dict[Claim, Serving | None] = {}
 
     def __bool__(self) -> bool:
         return bool(self.removed or self.added)
@@ -211,10 +213,13 @@ def advance(
 def note_served(
     claim: Claim, before: Installed | None, after: Installed | None, change: Change
 ) -> None:
-    """Adds to `change` that the claim may have stale UDP flows, if it may."""
+    """Adds to `change` what serves a UDP claim, and that it may have stale flows, if it may."""
     served = before.wanted.serving if before else frozenset()
-    if must_look(served, after.wanted.serving if after else frozenset()):
+    serves = after.wanted.serving if after else frozenset()
+    if must_look(served, serves):
         change.stale_udp[claim] = served
+    if is_udp(claim) and (served != serves or (before is None) != (after is None)):
+        change.udp_serving[claim] = serves if after else None
 
 
 def _verdicts(claim: Claim, installed: Installed) -> Iterator[SetElement]:

@@ -480,6 +480,15 @@ class State:
         owner = SETS[FAMILY_OF_LENGTH[len(address)]].nodeport_ips
         return (owner, address, None) in self._node_elements
 
+    def udp_serving(self) -> dict[Claim, Serving]:
+        """What serves each UDP claim. Linear in the claims: for a start and for repairs."""
+        return {c: i.wanted.serving for c, i in self.installed.items() if is_udp(c)}
+
+    def node_port_addresses(self) -> frozenset[Address]:
+        """The addresses at which node ports answer."""
+        owners = {sets.nodeport_ips for sets in SETS.values()}
+        return frozenset(key for owner, key, _ in self._node_elements if owner in owners)
+
     def is_current(self, key: Key, value: Value) -> bool:
         """Whether what an affinity map remembers leads where this client would be sent today.
 

@@ -34,10 +34,10 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 from types import TracebackType
 
-import structlog
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
 from pyroute2.netlink.nfnetlink.nfctsocket import (
     IPCTNL_MSG_CT_DELETE,
@@ -68,12 +68,12 @@ from rules.netlink.messages import (
 from rules.netlink.nftables import NFPROTO
 from rules.objects import UDP
 from rules.program import Claim
-from rules.stale_flows import Flow, FlowFilter, Serving, flow_filter
+from rules.stale_flows import Flow, FlowFilter, flow_filter
 from rules.tables import FAMILIES
 from rules.target import target_of
 
 FEW = 4
-"""So many destinations are asked for one by one."""
+"""Up to this many destinations are queried individually."""
 
 _GET = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
 _DELETE = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE
@@ -91,20 +91,21 @@ _GONE = (errno.ENOENT, errno.EBUSY)
 
 _UNFILTERED = (errno.EINVAL, errno.EOPNOTSUPP)
 
-Log = structlog.typing.FilteringBoundLogger
-
 
 class Conntrack:
     """A connection to conntrack in this network namespace. Use it as a context manager.
 
-    Its methods raise ConntrackError.
+    Its methods raise ConntrackError. It has one socket for dumps and one for deletions, so that
+    flows can be deleted while a dump runs and none of them have to be kept.
     """
 
     def __init__(self) -> None:
+        self._reading = _open()
         try:
-            self._socket = NetlinkSocket()
-        except OSError as error:
-            raise ConntrackError(error.errno or errno.EIO, "conntrack") from None
+            self._deleting = _open()
+        except ConntrackError:
+            self._reading.close()
+            raise
 
     def __enter__(self) -> Conntrack:
         return self
@@ -119,11 +120,12 @@ class Conntrack:
 
     def close(self) -> None:
         """Closes the connection."""
-        self._socket.close()
+        self._reading.close()
+        self._deleting.close()
 
     def dump_udp(self, family: int, only: FlowFilter | None = None) -> Iterator[Flow]:
         """The UDP flows of a family, 4 or 6; with `only` those sent there, if the kernel can
-        tell them apart, else all. Use it up before the next call."""
+        distinguish them, else all. Each is handed out as soon as it has been received."""
         try:
             yield from self._dump(dump_request(family, only))
         except ConntrackError as error:
@@ -132,66 +134,50 @@ class Conntrack:
             yield from self._dump(_content(family, nfct_msg()))
 
     def delete(self, flows: Iterable[Flow]) -> int:
-        """Deletes flows, each only if it still leads where it led. Returns how many were there and
-        are gone."""
-        waiting = list(flows)
+        """Deletes flows, each only if it still leads where it led. Returns how many it deleted;
+        those that had ended before are not counted."""
+        waiting = iter(flows)
         deleted = 0
-        while waiting:
-            some, waiting = waiting[:_DELETES_A_MESSAGE], waiting[_DELETES_A_MESSAGE:]
+        while some := list(islice(waiting, _DELETES_A_MESSAGE)):
             deleted += self._delete(some)
         return deleted
 
     def forget(
-        self, clfilters: Collection[Claim] | None, is_stale: Callable[[Flow], bool]
+        self, claims: Collection[Claim] | None, is_stale: Callable[[Flow], bool]
     ) -> dict[int, int]:
-        """Deletes the flows that are stale; returns how many, by family, if there were any.
+        """Deletes the flows that are stale; returns how many, by family, if any.
 
-        Looks at those to the given clfilters, with None at all UDP flows. `is_stale` is asked once
-        for each destination, target and zone.
+        Looks at the flows to the given claims, with None at all UDP flows. Needs the same memory
+        for any number of flows.
         """
         deleted: dict[int, int] = {}
         for family in FAMILIES:
-            filters = None if clfilters is None else _filters(clfilters, family)
-            if filters is None or filters:
-                stale = list(self._stale(family, filters, is_stale))
-                if stale:
-                    deleted[family] = self.delete(stale)
+            for only in [None] if claims is None else filters_of(claims, family):
+                stale = (flow for flow in self.dump_udp(family, only) if is_stale(flow))
+                if count := self.delete(stale):
+                    deleted[family] = deleted.get(family, 0) + count
         return deleted
-
-    def _stale(
-        self, family: int, filters: Collection[FlowFilter] | None, is_stale: Callable[[Flow], bool]
-    ) -> Iterator[Flow]:
-        asked = [None] if filters is None or len(filters) > FEW else list(filters)
-        judged: dict[tuple[bytes, bytes, int], bool] = {}
-        for only in asked:
-            for flow in self.dump_udp(family, only):
-                kind = flow[1:4]
-                verdict = judged.get(kind)
-                if verdict is None:
-                    verdict = judged[kind] = is_stale(flow)
-                if verdict:
-                    yield flow
 
     def _dump(self, content: bytes) -> Iterator[Flow]:
         try:
-            for data, start, end in self._socket.ask(_GET, content, NLM_F_DUMP):
+            for data, start, end in self._reading.ask(_GET, content, NLM_F_DUMP):
                 flow = decode(data, start, end)
                 if flow is not None:
                     yield flow
         except Malformed as error:
             raise ConntrackError(errno.EBADMSG, "reading conntrack", str(error)) from None
-        except Interrupted:  # entries come and go all the time
+        except Interrupted:  # entries appear and end all the time
             return
         except OSError as error:
             raise ConntrackError(error.errno or errno.EIO, "reading conntrack") from None
 
     def _delete(self, flows: list[Flow]) -> int:
         """Errors are answered for single flows; the last message is acknowledged in any case."""
-        first = self._socket.number(len(flows))
+        first = self._deleting.number(len(flows))
         requests = [delete_request(f, first + index) for index, f in enumerate(flows[:-1])]
         requests.append(delete_request(flows[-1], first + len(flows) - 1, NLM_F_ACK))
         try:
-            failures = self._socket.transact(b"".join(requests), first, len(flows))
+            failures = self._deleting.transact(b"".join(requests), first, len(flows))
         except OSError as error:
             raise ConntrackError(error.errno or errno.EIO, "deleting conntrack entries") from None
         for failure in failures:
@@ -200,55 +186,23 @@ class Conntrack:
         return len(flows) - len(failures)
 
 
-class Flows:
-    """The UDP flows of the node, for the loop: what goes wrong is said once and not raised.
+def _open() -> NetlinkSocket:
+    try:
+        return NetlinkSocket()
+    except OSError as error:
+        raise ConntrackError(error.errno or errno.EIO, "conntrack") from None
 
-    Opened at the first use. The agent goes on without conntrack, since everything else works.
+
+def filters_of(claims: Iterable[Claim], family: int) -> list[FlowFilter | None]:
+    """The dumps to ask for to see the flows to these claims: up to FEW filters, or [None] for
+    everything; empty if no claim is of the family.
+
+    By port alone in IPv6, since filters by address select the opposite there.
     """
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._conntrack: Conntrack | None = None
-        self._failing = False
-
-    def forget(
-        self,
-        formerly: Mapping[Claim, Serving],
-        is_stale: Callable[[Flow, Mapping[Claim, Serving]], bool],
-        *,
-        everything: bool = False,
-    ) -> dict[int, int]:
-        """Deletes stale flows, right behind the transaction: to the clfilters of `formerly`, or
-        with `everything` all that are. Returns how many, by family."""
-        if not formerly and not everything:
-            return {}
-        try:
-            if self._conntrack is None:
-                self._conntrack = Conntrack()
-            clfilters = None if everything else formerly
-            deleted = self._conntrack.forget(clfilters, lambda flow: is_stale(flow, formerly))
-        except ConntrackError as error:
-            self.close()  # answers to what was asked may still be under way
-            if not self._failing:
-                self._log.warning("stale UDP flows stay until they expire", error=str(error))
-            self._failing = True
-            return {}
-        self._failing = False
-        for family, count in deleted.items():
-            self._log.info("stale UDP flows deleted", family=family, flows=count)
-        return deleted
-
-    def close(self) -> None:
-        """Closes the connection; the next use opens another."""
-        if self._conntrack:
-            self._conntrack.close()
-            self._conntrack = None
-
-
-def _filters(clfilters: Iterable[Claim], family: int) -> set[FlowFilter]:
-    """What to ask for; by port alone in IPv6, since filters by address do the opposite there."""
-    filters = {flow_filter(claim) for claim in clfilters if claim.verdicts.family == family}
-    return {a._replace(address=b"") for a in filters} if family == 6 else filters
+    filters = {flow_filter(claim) for claim in claims if claim.verdicts.family == family}
+    if family == 6 or len(filters) > FEW:
+        filters = {f._replace(address=b"") for f in filters}
+    return [None] if len(filters) > FEW else list(filters)
 
 
 # --- requests -----------------------------------------------------------------------------------

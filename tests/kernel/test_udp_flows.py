@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from agent.kernel.conntrack import Conntrack, decode
+from agent.kernel.flows import FlowCleaner, Look
 from agent.kernel.sysctl import ConntrackSettings, apply
 from lab.world import World
 from rules.events import Upsert
@@ -86,28 +89,57 @@ class Client:
             return None
 
 
+class NotedConntrack(Conntrack):
+    """Notes when stale flows have been deleted, and how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = threading.Event()
+        self.deleted: dict[int, int] = {}
+
+    def forget(self, claims: Any, is_stale: Any) -> dict[int, int]:
+        self.deleted = super().forget(claims, is_stale)
+        self.done.set()
+        return self.deleted
+
+
 class UdpProxy(Proxy):
-    """As the agent's loop does it: stale flows are deleted right behind the transaction."""
+    """As the agent's loop does it: a worker deletes stale flows behind the transaction. The next
+    step waits for it."""
 
     def __init__(self, world: World) -> None:
         self.deleted: dict[int, int] = {}
         self._everything = False
-        self.conntrack = world.run("node", Conntrack)
+        self.conntrack = world.run("node", NotedConntrack)
+        self._failures: list[Exception] = []
+        self._cleaner = FlowCleaner(
+            structlog.get_logger(),
+            lambda _, error: self._failures.append(error),
+            lambda *_: None,
+            lambda: self.conntrack,
+        )
+        world.run("node", self._cleaner.start)
         super().__init__(world)
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
-        self.conntrack.close()
+        self._cleaner.stop()
+        assert not self._failures
 
     def _send(self, transaction: Transaction) -> Transaction:
+        if self._everything:
+            self._cleaner.expect(self.state.udp_serving(), everything=True)
+        else:
+            self._cleaner.expect(transaction.change.udp_serving)
         sent = super()._send(transaction)
         formerly = sent.change.stale_udp
         self.deleted = {}
         if formerly or self._everything:
-            self.deleted = self.conntrack.forget(
-                None if self._everything else formerly,
-                lambda flow: self.state.flow_is_stale(flow, formerly),
-            )
+            self.conntrack.done.clear()
+            addresses = self.state.node_port_addresses()
+            self._cleaner.look(Look(formerly, addresses, self._everything))
+            assert self.conntrack.done.wait(30)
+            self.deleted = self.conntrack.deleted
         return sent
 
     def resync(self) -> Transaction:
@@ -493,7 +525,7 @@ def test_over_a_restart_of_the_agent_itself(world: World, tmp_path: Path) -> Non
 
         put("pod-2")
         first = agent.restart()
-        line = agent.wait("stale UDP flows deleted", since=first)
+        line = agent.wait("stale_flows_deleted", since=first)
         flows = ended.flows()
         assert (line["family"], line["flows"]) == (4, len(flows))
         assert {f.target[:4] for f in flows} == {socket.inet_aton(world.hosts["pod-1"].ipv4)}
@@ -501,7 +533,7 @@ def test_over_a_restart_of_the_agent_itself(world: World, tmp_path: Path) -> Non
 
         first = len(agent.lines)
         put("pod-1")
-        agent.wait("stale UDP flows deleted", since=first)
+        agent.wait("stale_flows_deleted", since=first)
         assert [c.ask(VIP[4], PORT) for c in clients.values()] == ["pod-1", "pod-1"]
         assert not [line for line in agent.lines if line.get("level") == "warning"]
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from agent.kernel.conntrack import (
-    Flows,
-    _filters,
     decode,
     delete_request,
     dump_request,
+    filters_of,
     parse,
 )
-from agent.kernel.errors import ConntrackError
 from rules.events import Delete, Upsert
 from rules.frontends import destination_key
 from rules.lookup import Destination, claim_met, claims_at
@@ -169,8 +164,11 @@ def test_claims_and_filters() -> None:
     assert flow_filter(BY_IP) == FlowFilter(4, packed("10.96.0.10"), 53)
     assert flow_filter(BY_PORT) == FlowFilter(4, b"", 30053)
     assert flow_filter(by_ip6) == FlowFilter(6, packed("fd00::1"), 53)
-    assert _filters([BY_IP, BY_PORT, by_ip6], 4) == {flow_filter(BY_IP), flow_filter(BY_PORT)}
-    assert _filters([BY_IP, BY_PORT, by_ip6], 6) == {FlowFilter(6, b"", 53)}
+    assert set(filters_of([BY_IP, BY_PORT, by_ip6], 4)) == {
+        flow_filter(BY_IP),
+        flow_filter(BY_PORT),
+    }
+    assert filters_of([BY_IP, BY_PORT, by_ip6], 6) == [FlowFilter(6, b"", 53)]
     assert is_udp(BY_IP)
     assert is_udp(BY_PORT)
     assert not is_udp(Claim(SETS[4].service_ips, destination_key(packed("1.1.1.1"), TCP, 53)))
@@ -356,45 +354,3 @@ def test_an_address_that_begins_to_answer_at_node_ports(state: State) -> None:
 def test_without_changes_nobody_looks(state: State) -> None:
     assert state.step().change.stale_udp == {}
     assert looked(state, Upsert(pods(1, 2))) == {}
-
-
-# --- when conntrack cannot be used --------------------------------------------------------------
-
-
-class Broken:
-    """Stands in for Conntrack; the class's `error` is what every use raises, if there is one."""
-
-    error: ConntrackError | None = None
-    opened = 0
-
-    def __init__(self) -> None:
-        Broken.opened += 1
-
-    def forget(self, claims: object, is_stale: Callable[[Flow], bool]) -> dict[int, int]:
-        if Broken.error:
-            raise Broken.error
-        return {4: 1}
-
-    def close(self) -> None:
-        pass
-
-
-def test_what_goes_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.kernel.conntrack.Conntrack", Broken)
-    Broken.error = ConntrackError(errno.EPERM, "reading conntrack")
-    with capture_logs() as lines:
-        flows = Flows(structlog.get_logger())
-        flows.forget({}, lambda *_: False)
-        assert Broken.opened == 0  # nothing to look at
-        flows.forget({BY_IP: BOTH}, lambda *_: False)
-        flows.forget({}, lambda *_: False, everything=True)
-        assert [line["log_level"] for line in lines] == ["warning"]
-        assert lines[0]["error"].endswith("Run it as root or with CAP_NET_ADMIN.")
-        Broken.error = None
-        flows.forget({BY_IP: BOTH}, lambda *_: False)
-        assert lines[1:] == [
-            {"event": "stale UDP flows deleted", "log_level": "info", "family": 4, "flows": 1}
-        ]
-        Broken.error = ConntrackError(errno.EINVAL, "reading conntrack")
-        flows.forget({BY_IP: BOTH}, lambda *_: False)
-        assert lines[-1]["error"].endswith("Load the kernel module nf_conntrack_netlink.")
