@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agent import loop as subject
-from agent.kernel.conntrack import Flows
+from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import KernelError, Refused, Stale
 from agent.loop import Disturbed, Failed, Loop, Reports, Stop, WorkerFailed
 from agent.serve.health import Heartbeat
@@ -33,11 +33,14 @@ ADDRESSES = NodeAddresses(frozenset(), ())
 VIP = bytes([10, 96, 0, 10])
 
 
-class NoFlows(Flows):
+class NoFlows(Conntrack):
     """No connection tracking: tests would change the machine's."""
 
     def __init__(self) -> None:
-        super().__init__(log())
+        pass
+
+    def close(self) -> None:
+        pass
 
     def forget(self, *_: object, **__: object) -> dict[int, int]:
         return {}
@@ -80,7 +83,7 @@ class Node:
             self.kernel,
             log(self.lines),
             reports=Reports(self.seen, self.heartbeat, lambda c: self.checks.append(dict(c))),
-            flows=NoFlows(),
+            connect_conntrack=NoFlows,
             **options,
         )
 
