@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import gc
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,6 +65,7 @@ def run(places: tuple[str, ...], settings: Settings, file: ConfigFile | None) ->
     logger = log.configure(settings.log_level)
     if file and file.without_meaning:
         logger.warning("configuration_ignored", file=file.path, fields=file.without_meaning)
+    sys.unraisablehook = lambda error: logger.debug("ignored_error", error=repr(error.exc_value))
     try:
         _run(places, settings, logger)
     except (WorkerFailed, MemoryError, OSError) as error:

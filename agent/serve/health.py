@@ -320,7 +320,10 @@ class HealthServer:
         """Starts to answer. Raises OSError if `hard_fail`."""
         if self._address:
             listener = Listener(self._address, "healthz", self._respond)
-            self._server.serve(listener, listen(self._address) if self._hard_fail else None)
+            if self._hard_fail:
+                self._server.adopt(listener, listen(self._address))
+            else:
+                self._server.serve(listener)
         self._server.start()
 
     def stop(self) -> None:
@@ -338,6 +341,7 @@ class HealthServer:
             if name not in checks or checks[name].port != port:
                 self._server.close(listener)
                 del self._listeners[name]
+        new = []
         for name, check in checks.items():
             if name not in self._listeners:
                 listener = Listener(
@@ -347,7 +351,8 @@ class HealthServer:
                     service=str(name),
                 )
                 self._listeners[name] = check.port, listener
-                self._server.serve(listener)
+                new.append(listener)
+        self._server.serve(*new)
 
     def settle(self) -> bool:
         """Waits until all ports that were set have been tried. For tests."""

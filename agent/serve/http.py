@@ -264,17 +264,14 @@ class HttpServer(Worker):
         self._settled: list[threading.Event] = []
         self._broken: set[Listener] = set()
 
-    def serve(self, listener: Listener, opened: socket.socket | None = None) -> None:
-        """Opens a listener, from a socket that listens already if one is given. One that cannot
-        be opened is logged once and tried again."""
+    def serve(self, *listeners: Listener) -> None:
+        """Opens listeners. Those that cannot be opened are logged, in a few lines for one call,
+        and tried again."""
+        self._ask(lambda: self._waiting.update(dict.fromkeys(listeners, False)))
 
-        def task() -> None:
-            if opened:
-                self._add(listener, opened)
-            else:
-                self._waiting[listener] = False
-
-        self._ask(task)
+    def adopt(self, listener: Listener, opened: socket.socket) -> None:
+        """Serves a listener from a socket that listens already."""
+        self._ask(lambda: self._add(listener, opened))
 
     def close(self, listener: Listener) -> None:
         """Closes a listener. Connections that were accepted are still answered."""
@@ -354,7 +351,8 @@ class HttpServer(Worker):
 
     def _opened(self, address: Address) -> socket.socket:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if len(self._listeners) >= limit - self._limits.connections - SPARE_DESCRIPTORS:
+        spare = limit - self._limits.connections - SPARE_DESCRIPTORS
+        if len(self._listeners) >= max(spare, limit // 4):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return listen(address)
 

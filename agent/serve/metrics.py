@@ -689,8 +689,10 @@ class MetricsServer:
 
     def start(self) -> None:
         """Starts to answer. Raises OSError if `hard_fail`."""
-        opened = listen(self._listener.address) if self._hard_fail else None
-        self._server.serve(self._listener, opened)
+        if self._hard_fail:
+            self._server.adopt(self._listener, listen(self._listener.address))
+        else:
+            self._server.serve(self._listener)
         self._server.start()
 
     def stop(self) -> None:

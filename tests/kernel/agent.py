@@ -23,7 +23,7 @@ class Agent:
     """The agent as a child process. Use as a context manager; leaving it kills the process.
 
     `place` holds its manifests; without one, flags say where the API server is. `module` is what
-    runs instead of the command line itself.
+    runs instead of the command line itself, `shell` what runs before it in the same process.
     """
 
     def __init__(
@@ -33,8 +33,10 @@ class Agent:
         *flags: str,
         host: str = "node",
         module: str = "agent",
+        shell: str = "",
     ) -> None:
         source = ("--from", str(place)) if place else ()
+        self._shell = ("sh", "-c", f'{shell}; exec "$@"', "sh") if shell else ()
         self._arguments = (world, module, (*source, *flags), host)
         self.lines: list[dict[str, Any]] = []
         self._news = threading.Condition()
@@ -42,7 +44,7 @@ class Agent:
 
     def _start(self) -> None:
         world, module, flags, host = self._arguments
-        command = [sys.executable, "-m", module, "run"]
+        command = [*self._shell, sys.executable, "-m", module, "run"]
         self.process: subprocess.Popen[str] = world.popen(
             host,
             [*command, "--node", "node-1", "--log-level", "debug", *flags],
