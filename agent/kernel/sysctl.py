@@ -112,11 +112,11 @@ def configure(
     """`apply`, and says in the log what was done: one line each for what was and was not."""
     outcome = apply(settings, root=root, cores=cores)
     if outcome.changed:
-        log.info("conntrack settings changed", **outcome.changed)
+        log.info("conntrack_configured", **outcome.changed)
     if outcome.failed:
         reasons = ", ".join(sorted(set(outcome.failed.values())))
         log.warning(
-            "conntrack settings stay as they are",
+            "conntrack_not_configured",
             settings=", ".join(outcome.failed),
             error=f"{reasons}. Set them on the node, or run the agent privileged.",
         )

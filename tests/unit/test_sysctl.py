@@ -147,5 +147,5 @@ def test_what_is_missing_is_told_and_the_rest_set(root: Path) -> None:
 def test_what_was_changed_is_one_line(root: Path) -> None:
     with capture_logs() as lines:
         configure(ConntrackSettings(), structlog.get_logger(), root=root, cores=8)
-    assert [line["event"] for line in lines] == ["conntrack settings changed"]
+    assert [line["event"] for line in lines] == ["conntrack_configured"]
     assert lines[0]["nf_conntrack_max"] == 262144
