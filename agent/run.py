@@ -110,7 +110,7 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         )
         queued.append(loop.put)
         _stop_on_signals(loop)
-        source = _source(places, settings, loop.put, logger, served, failed=failed)
+        source = _source(places, settings, loop.put, logger, served, failed=failed, stack=stack)
         network = addresses.AddressFollower(loop.put, failed)
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         if ahead:
@@ -166,11 +166,12 @@ def _stop_on_signals(loop: Loop) -> None:
 def _source(
     places: tuple[str, ...],
     settings: Settings,
-    put: Callable[[list[Event]], None],
+    put: Callable[[Sequence[Event]], None],
     logger: FilteringBoundLogger,
     served: _Served,
     *,
     failed: Callable[[str, Exception], None],
+    stack: ExitStack,
 ) -> Source:
     if places:
         from agent.sources.manifests.follower import ManifestError, ManifestFollower
@@ -179,6 +180,7 @@ def _source(
             return ManifestFollower(places, put, logger, failed)
         except ManifestError as error:
             raise CannotRun(str(error)) from None
+    from agent.sources.kubernetes.api_servers import ApiServerAddresses
     from agent.sources.kubernetes.connection import ConnectError, connect
     from agent.sources.kubernetes.follower import ClusterFollower
 
@@ -198,6 +200,9 @@ def _source(
     )
     served.reports.recorder.watches_from(follower.status)
     served.following.watches = follower.status
+    resolver = ApiServerAddresses(lambda: connection.server, put, failed)
+    stack.callback(resolver.stop, 1.0)  # a name server that is silent must not delay the end
+    resolver.start()
     return follower
 
 

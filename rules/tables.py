@@ -64,7 +64,7 @@ Why it is like this:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 
 import msgspec
 
@@ -219,7 +219,8 @@ class Layout(msgspec.Struct, frozen=True):
     guarded: bool = False
 
 
-@cache
+# bounded: each distinct session affinity timeout makes other tables, of 310 KiB
+@lru_cache(maxsize=8)
 def build(layout: Layout) -> Table:
     """The table of one family."""
     sets = SETS[layout.family]
