@@ -19,6 +19,8 @@ Encoder = Callable[[Any], bytes]
 Fields = dict[str, tuple[int, Encoder]]
 
 MAGIC = b"k8s\0"
+_DAMAGED = b"\xff"
+"""Neither a message nor text."""
 
 
 def varint(number: int) -> bytes:
@@ -40,7 +42,12 @@ def _text(number: int) -> tuple[int, Encoder]:
 
 
 def _texts(number: int) -> tuple[int, Encoder]:
-    return number, lambda values: b"".join(field(number, v.encode()) for v in values)
+    def encode(values: Any) -> bytes:
+        if not isinstance(values, list):
+            return field(number, _DAMAGED)
+        return b"".join(field(number, v.encode()) for v in values)
+
+    return number, encode
 
 
 def _int(number: int) -> tuple[int, Encoder]:
@@ -79,7 +86,7 @@ def message(document: Any, fields: Fields) -> bytes:
     In place of what is not a document: bytes that are no message.
     """
     if not isinstance(document, Mapping):
-        return b"\xff"
+        return _DAMAGED
     parts = []
     for name, (number, encode) in fields.items():
         value = document.get(name)
