@@ -37,15 +37,20 @@ def field(number: int, value: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
+def _bytes(text: str) -> bytes:
+    """UTF-8, with lone surrogates as the bytes that they stand for."""
+    return text.encode(errors="surrogateescape")
+
+
 def _text(number: int) -> tuple[int, Encoder]:
-    return number, lambda value: field(number, value.encode())
+    return number, lambda value: field(number, _bytes(value))
 
 
 def _texts(number: int) -> tuple[int, Encoder]:
     def encode(values: Any) -> bytes:
         if not isinstance(values, list):
             return field(number, _DAMAGED)
-        return b"".join(field(number, v.encode()) for v in values)
+        return b"".join(field(number, _bytes(v)) for v in values)
 
     return number, encode
 
@@ -57,9 +62,7 @@ def _int(number: int) -> tuple[int, Encoder]:
 def _map(number: int) -> tuple[int, Encoder]:
     def encode(values: Mapping[str, str]) -> bytes:
         pairs = sorted(values.items())
-        return b"".join(
-            field(number, field(1, k.encode()) + field(2, v.encode())) for k, v in pairs
-        )
+        return b"".join(field(number, field(1, _bytes(k)) + field(2, _bytes(v))) for k, v in pairs)
 
     return number, encode
 

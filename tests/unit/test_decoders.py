@@ -245,6 +245,23 @@ def damaged(draw: st.DrawFn, seed: bytes) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.parametrize("field", ["name", "addressType", "addresses", "labels"])
+def test_text_that_is_not_utf_8_is_invalid(field: str) -> None:
+    """protobuf gives bytes for it where nothing asks it to validate."""
+    items = json.loads((RECORDINGS / "list-endpointslices.json").read_bytes())["items"]
+    metadata = {"name": "\udc80" if field == "name" else "a", "labels": {"a": "b"}}
+    if field == "labels":
+        metadata["labels"] = {"kubernetes.io/service-name": "\udc80"}
+    document = {**items[5], "metadata": metadata}
+    if field == "addressType":
+        document[field] = "\udc80"
+    if field == "addresses":
+        document["endpoints"] = [{"addresses": ["\udc80"]}]
+    item = protobuf.item("EndpointSlice", document)
+    with pytest.raises(InvalidObject, match="is not a protobuf message"):
+        decode_protobuf.decode("EndpointSlice", item)
+
+
 @pytest.mark.parametrize("kind", SEEDS)
 @fuzzed(300)
 @given(data=st.data())
