@@ -27,22 +27,42 @@ from rules.objects import Address, parse_address
 
 # where packets to nowhere in particular would leave from (documentation prefixes, never sent to)
 _SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+_RT_TABLE_LOCAL, _RTN_LOCAL = 255, 2
 _GROUPS = (RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE)
 
 
 def read(route: Any) -> NodeAddresses:
-    """All usable addresses (no loopback, no link-local), and the primary ones."""
-    addresses = set()
+    """All addresses that the node answers at but loopback ones, and the primary ones.
+
+    Link-local addresses and host routes of type `local` are among them: `nodePortAddresses` may
+    select them. They are never primary.
+    """
+    addresses, others = set(), set()
     for message in route.get_addr():
         text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
         if address := _usable(text):
             addresses.add(address)
-    return NodeAddresses(frozenset(addresses), _primary(addresses))
+        elif address := _usable(text, link_local=True):
+            others.add(address)
+    others |= _local_routes(route)
+    return NodeAddresses(frozenset(addresses | others), _primary(addresses))
 
 
-def _usable(text: str) -> Address | None:
+def _local_routes(route: Any) -> set[Address]:
+    """Destinations of host routes of type `local`: what the kernel takes for its own (AnyIP)."""
+    found = set()
+    for family, length in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+        for message in route.get_routes(family=family, table=_RT_TABLE_LOCAL):
+            destination = message.get_attr("RTA_DST")
+            is_own = (message["type"], message["dst_len"]) == (_RTN_LOCAL, length)
+            if is_own and destination and (address := _usable(destination, link_local=True)):
+                found.add(address)
+    return found
+
+
+def _usable(text: str, *, link_local: bool = False) -> Address | None:
     try:
-        return parse_address(text)
+        return parse_address(text, link_local=link_local)
     except ValueError:
         return None
 

@@ -428,6 +428,35 @@ def test_node_ports_follow_the_addresses_of_the_node(proxy: Start, net: Net, wor
     p.check()
 
 
+def test_node_ports_at_all_addresses_include_local_routes_and_link_local_ones(
+    proxy: Start, net: Net, world: World
+) -> None:
+    """As kube-proxy's `fib daddr type local` does."""
+    p = proxy(nodeport_addresses=("0.0.0.0/0", "::/0"))
+    p.put(net.service(), net.slice("pod-1"))
+
+    def route(action: str) -> None:
+        with IPRoute() as routes:
+            loopback = routes.link_lookup(ifname="lo")[0]
+            length = 32 if net.family == 4 else 128
+            destination = f"{net.second_ip}/{length}"
+            scope = 254 if net.family == 4 else 0
+            routes.route(
+                action, dst=destination, oif=loopback, type="local", table=255, scope=scope
+            )
+
+    world.run("node", route, "add")
+    try:
+        tell_addresses(p)
+        net.expect("client", (net.second_ip, NODE_PORT), ("pod-1",), seen_as="node")
+        if net.family == 4:  # an IPv6 one needs a zone index
+            net.expect("pod-3", ("169.254.1.1", NODE_PORT), ("pod-1",), seen_as="node")
+    finally:
+        world.run("node", route, "del")
+    tell_addresses(p)
+    p.check()
+
+
 def test_networks_of_one_family_give_no_node_ports_in_the_other(proxy: Start, net: Net) -> None:
     p = proxy(nodeport_addresses=("172.31.0.0/24",))
     tell_addresses(p)
