@@ -16,15 +16,17 @@ from __future__ import annotations
 import gc
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import structlog
 
+from agent.kernel.clients import ClientReader, Clients
 from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
 from agent.kernel.flows import FlowCleaner, Look
-from agent.kernel.readahead import ReadAhead, read_now
+from agent.kernel.readahead import ReadAhead
 from agent.kernel.tables import Kernel
 from agent.kernel.watcher import Watcher
 from agent.serve.health import Heartbeat
@@ -37,7 +39,7 @@ from rules.objects import Name
 from rules.program import Claim
 from rules.stale_flows import Serving
 from rules.state import KernelView, State
-from rules.tables import FAMILIES
+from rules.tables import FAMILIES, SETS
 from rules.transaction import Transaction, commands
 
 Log = structlog.typing.FilteringBoundLogger
@@ -67,7 +69,7 @@ class WorkerFailed(Exception):
         self.error = failed.error
 
 
-Message = Sequence[Event] | Stop | Disturbed | Failed
+Message = Sequence[Event] | Stop | Disturbed | Failed | Clients
 
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 OWNER_POLL_SECONDS = 0.2
@@ -88,7 +90,7 @@ def reader(
 
     def read(table: Table) -> KernelView | None:
         there = ahead.take(table.family) if ahead else None
-        there = there or read_now(kernel, table.family)
+        there = there or kernel.read_back(table.family, watched=True)
         if there is None:
             return None
         known = there.table.known(table)
@@ -108,6 +110,13 @@ class Reports(NamedTuple):
     health_checks: Callable[[Mapping[Name, HealthCheck]], None] = lambda _: None
 
 
+class Connections(NamedTuple):
+    """How workers connect to the kernel: to conntrack, and to nf_tables for reading."""
+
+    conntrack: Callable[[], Conntrack] = Conntrack
+    reading: Callable[[], Kernel] = partial(Kernel, own=False)
+
+
 class Loop:
     """See the module. `put` may be called from any thread and from signal handlers.
 
@@ -123,7 +132,7 @@ class Loop:
         show_elements: bool = False,
         reports: Reports | None = None,
         ahead: ReadAhead | None = None,
-        connect_conntrack: Callable[[], Conntrack] = Conntrack,
+        connections: Connections = Connections(),  # noqa: B008, a tuple of functions
         expects_node: bool = False,
     ) -> None:
         self.state = state
@@ -133,8 +142,12 @@ class Loop:
         self._ahead = ahead
         self._recorder, self._heartbeat, self._report_health_checks = reports or Reports()
         self._flows = FlowCleaner(
-            log, self._worker_failed, self._recorder.flows_deleted, connect_conntrack
+            log, self._worker_failed, self._recorder.flows_deleted, connections.conntrack
         )
+        self._clients = ClientReader(self.put, log, self._worker_failed, connections.reading)
+        self._reading = 0  # requests to the client reader that have no last answer yet
+        self._looks: list[Look] = []
+        self._forgotten = 0
         self._expects_node = state.local.expected = expects_node
         self._queue: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
         self._load_until = time.monotonic() + LOAD_SECONDS
@@ -161,6 +174,7 @@ class Loop:
             )
             watcher.start()
         self._flows.start()
+        self._clients.start()
         try:
             while self._turn():
                 pass
@@ -170,13 +184,14 @@ class Loop:
             if self._ahead:
                 self._ahead.stop()
             self._flows.stop()
+            self._clients.stop()
 
     def _worker_failed(self, name: str, error: Exception) -> None:
         self.put(Failed(name, error))
 
     def _turn(self) -> bool:
         """Applies everything that is queued, then programs it. False after `Stop`."""
-        going = True
+        going, changed = True, False
         for at, message in self._messages():
             match message:
                 case Stop():
@@ -186,12 +201,15 @@ class Loop:
                     self._heartbeat.queued()
                 case Failed():
                     raise WorkerFailed(message)
+                case Clients():
+                    self._judge_clients(message)
                 case events:
                     self._take(events, at)
+                    changed = True
         unknown = self._expects_node and self._synced and self.state.node is None
         self._heartbeat.eligible(not self.state.node_leaving and not unknown)
         self._report_problems()
-        if going and self._complete and self._due():
+        if going and (changed or self._doubt) and self._complete and self._due():
             self._program()
         return going
 
@@ -298,8 +316,7 @@ class Loop:
             self._recorder.repaired()
         self._doubt = self._disturbed = self._outgrown = False
         self._keep_heap()
-        for family in FAMILIES:
-            self._forget(family)
+        self._forget_clients(FAMILIES)
         self._look_for_stale_flows(transaction.change.stale_udp, everything=True)
 
     @staticmethod
@@ -326,8 +343,7 @@ class Loop:
         )
         if transaction.tables:
             self._recorder.tables_changed(self.state.tables())
-        for family in transaction.change.stale_affinity:
-            self._forget(family)
+        self._forget_clients(transaction.change.stale_affinity)
         if not compared:  # behind the affinity map, which would bring a stale flow back
             self._look_for_stale_flows(transaction.change.stale_udp)
         if self._show_elements:
@@ -345,15 +361,43 @@ class Loop:
     def _look_for_stale_flows(
         self, formerly: Mapping[Claim, Serving], *, everything: bool = False
     ) -> None:
-        self._flows.look(Look(formerly, self.state.node_port_addresses(), everything))
+        """Behind the affinity map, which would bring a stale flow back."""
+        look = Look(formerly, self.state.node_port_addresses(), everything)
+        if self._reading:
+            self._looks.append(look)
+        else:
+            self._flows.look(look)
 
-    def _forget(self, family: int) -> None:
-        """Deletes the affinity of clients whose endpoints were removed, after the transaction."""
-        if not any(s.dynamic for t in self.state.tables() if t.family == family for s in t.sets):
+    def _forget_clients(self, families: Iterable[int]) -> None:
+        """Has the affinity map read, to delete from it the clients of endpoints that were
+        removed. `_judge_clients` does it, some at a time."""
+        for table in self.state.tables():
+            if table.family in families and any(s.dynamic for s in table.sets):
+                self._reading += 1
+                self._clients.read(table.family)
+
+    def _judge_clients(self, clients: Clients) -> None:
+        stale = [c for c in clients.remembered if not self.state.is_current(*c)]
+        try:
+            self._kernel.destroy(SETS[clients.family].affinity, stale)
+            self._forgotten += len(stale)
+        except KernelError as error:
+            if not self._doubt:
+                self._log.warning("tables_changed", error=str(error))
+            self._doubt = self._disturbed = True
+        self._clients.more()
+        if not clients.last:
             return
-        count = self._kernel.forget(family, self.state.is_current)
-        if count:
-            self._log.info("sticky_clients_forgotten", family=family, clients=count)
+        if self._forgotten:
+            self._log.info(
+                "sticky_clients_forgotten", family=clients.family, clients=self._forgotten
+            )
+        self._forgotten = 0
+        self._reading -= 1
+        if not self._reading:
+            for look in self._looks:
+                self._flows.look(look)
+            self._looks = []
 
 
 def _summary(transaction: Transaction, state: State) -> dict[str, object]:

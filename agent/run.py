@@ -36,6 +36,7 @@ from agent.serve.http import TcpAddress, raise_descriptor_limit
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
 from rules.events import Event
 from rules.state import State
+from rules.tables import FAMILIES
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -96,6 +97,8 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             for put in queued:
                 put(Failed(name, error))
 
+        if kernel.families != FAMILIES:
+            logger.warning("address_family_unavailable", advice="Services are programmed for IPv4 alone")
         served = stack.enter_context(_served(settings, logger, failed))
         reports = served.reports
         ahead = read_ahead(kernel, logger)

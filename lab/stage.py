@@ -444,11 +444,11 @@ class _World(World):
 
 def _read_ruleset() -> Ruleset:
     with Kernel(own=False) as kernel:
-        found = [table for family in FAMILIES if (table := kernel.find(family))]
+        found = [back for family in FAMILIES if (back := kernel.read_back(family))]
         return Ruleset(
-            rules=sum(len(rules) for table in found for rules in table.rules.values()),
-            chains=sum(len(table.chains) for table in found),
-            elements=sum(len(e) for table in found for e in kernel.read(table).values()),
+            rules=sum(len(rules) for back in found for rules in back.table.rules.values()),
+            chains=sum(len(back.table.chains) for back in found),
+            elements=sum(len(e) for back in found for e in back.elements.values()),
         )
 
 

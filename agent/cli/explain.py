@@ -67,10 +67,10 @@ def _elements_here(state: State) -> dict[Set, Mapping[Key, Value]] | None:
     try:
         with Kernel(own=False) as kernel:
             for table in state.tables():
-                if found := kernel.find(table.family):
-                    elements |= kernel.read(found)
+                if back := kernel.read_back(table.family):
+                    elements |= back.elements
                     affinity = SETS[table.family].affinity
-                    if affinity.name in found.sets:
+                    if affinity.name in back.table.sets:
                         elements[affinity] = kernel.elements(affinity)
     except KernelError:
         return None

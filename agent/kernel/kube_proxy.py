@@ -351,7 +351,13 @@ def _legacy_blob(family: int, table: str) -> bytes:
     """All entries of a table, empty if they cannot be read."""
     domain = socket.AF_INET if family == 4 else socket.AF_INET6
     level = socket.IPPROTO_IP if family == 4 else socket.IPPROTO_IPV6
-    with socket.socket(domain, socket.SOCK_DGRAM) as asked:
+    try:
+        asked = socket.socket(domain, socket.SOCK_DGRAM)
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:  # ipv6.disable=1
+            return b""
+        raise
+    with asked:
         info = _getsockopt(asked, level, _SO_GET_INFO, table.encode().ljust(84, b"\0"))
         if not info:
             return b""

@@ -27,32 +27,17 @@ import errno
 import os
 import threading
 import time
-from typing import NamedTuple
 
 import structlog
 
 from agent.kernel.errors import KernelError
 from agent.kernel.socket import NetlinkSocket
-from agent.kernel.tables import Kernel, KernelTable
+from agent.kernel.tables import Kernel, ReadBack
 from agent.kernel.watcher import Watcher
 from agent.worker import Worker
-from rules.diff import Elements
 from rules.tables import FAMILIES
 
 Log = structlog.typing.FilteringBoundLogger
-
-
-class ReadBack(NamedTuple):
-    """One table as it was read back: without its elements, and these."""
-
-    table: KernelTable
-    elements: Elements
-
-
-def read_now(kernel: Kernel, family: int) -> ReadBack | None:
-    """Reads the table of a family; None if it does not exist."""
-    found = kernel.find(family)
-    return ReadBack(found, kernel.read(found)) if found else None
 
 
 class ReadAhead(Worker):
@@ -80,9 +65,9 @@ class ReadAhead(Worker):
         """Reads both tables, or as much as it may."""
         started = time.perf_counter()
         try:
-            with Kernel(own=False, socket=lambda: BatchedSocket(self._stale)) as kernel:
+            with Kernel(own=False, connect=lambda: BatchedSocket(self._stale)) as kernel:
                 for family in FAMILIES:
-                    if table := read_now(kernel, family):
+                    if table := kernel.read_back(family, watched=True):
                         self._tables[family] = table
             self._found = bool(self._tables)
         finally:

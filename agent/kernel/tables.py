@@ -10,16 +10,19 @@ takes it over by asking for the same flags. On older kernels tables are made wit
 from __future__ import annotations
 
 import errno
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from types import TracebackType
 from typing import NamedTuple
 
 from agent.kernel.errors import Full, KernelError, NotPermitted, OwnedByOther, Refused, Stale
 from agent.kernel.socket import Failure, Interrupted, NetlinkSocket
-from rules.diff import Elements
+from rules.diff import Change, Elements
 from rules.language import Chain, Set, Table
-from rules.netlink.attributes import attributes, fields, includes, integer, string, text
+from rules.netlink.attributes import Malformed, attributes, fields, includes, integer, string, text
 from rules.netlink.batch import Batch, chain_body, content, nft_type
 from rules.netlink.elements import decode_elements, join_ranges
 from rules.netlink.expressions import rule_body
@@ -57,8 +60,11 @@ from rules.transaction import TableContents, Transaction, encode
 
 OWNED = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST
 
-_DUMP_TRIES, _DUMP_PAUSE = 5, 0.05
+_READ_TRIES, _ELEMENT_TRIES = 10, 3
+_GROWING_TRIES, _GROWING_PAUSE = 5, 0.05
 _SEND_BUFFER = 8 << 20
+_UNKNOWN_MESSAGE = {errno.EINVAL, errno.EOPNOTSUPP}
+_NO_FAMILY = {errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT}
 _STALE = {errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART, errno.ENOTEMPTY}
 
 
@@ -108,6 +114,13 @@ class KernelTable(NamedTuple):
         )
 
 
+class ReadBack(NamedTuple):
+    """One table as it was read back, and its elements, of one moment."""
+
+    table: KernelTable
+    elements: Elements
+
+
 class Kernel:
     """A connection to nf_tables in this network namespace. Use it as a context manager.
 
@@ -115,11 +128,12 @@ class Kernel:
     NotPermitted without CAP_NET_ADMIN. All errors are KernelErrors.
     """
 
-    def __init__(self, *, own: bool = True, socket: Callable[[], NetlinkSocket] = NetlinkSocket):
+    def __init__(self, *, own: bool = True, connect: Callable[[], NetlinkSocket] = NetlinkSocket):
         try:
-            self._socket = socket()
+            self._socket = connect()
         except OSError as error:
             raise Refused(error.errno or errno.EIO, "a netlink socket to netfilter") from None
+        self._destroys = True  # until the kernel says that it does not know the message
         self.table_flags = self._supported_flags() if own else 0
 
     def __enter__(self) -> Kernel:
@@ -163,7 +177,26 @@ class Kernel:
 
         Raises OwnedByOther, Stale, or Refused.
         """
+        if self.families != FAMILIES:
+            transaction = transaction_of(transaction, self.families)
         return self.send(encode(transaction, self.table_flags))
+
+    @cached_property
+    def families(self) -> tuple[int, ...]:
+        """The address families that this kernel has: (4, 6), or (4,) with ipv6.disable=1 or
+        without the modules for it. What a transaction has for another family is left out."""
+        return FAMILIES if _has_ipv6_sockets() and self._has_ipv6_tables() else (4,)
+
+    def _has_ipv6_tables(self) -> bool:
+        """Whether an ip6 table can be made. As in `_supported_flags` it is never visible."""
+        batch = Batch()
+        batch.new_table(6, f"{TABLE}-trial", 0)
+        batch.delete_table(6, f"{TABLE}-trial")
+        try:
+            self.send(batch)
+        except (Refused, Stale) as error:
+            return error.errno not in _NO_FAMILY
+        return True
 
     def send(self, batch: Batch, generation: int | None = None) -> int:
         """Sends a batch; returns how many bytes. With a `generation` it is Stale if the ruleset
@@ -187,12 +220,34 @@ class Kernel:
             return integer(fields(body).get(NFTA_GEN_ID, b""))
         return 0
 
+    def read_back(self, family: int, *, watched: bool = False) -> ReadBack | None:
+        """The table of a family with its elements, as of one moment; None if it does not exist.
+
+        A writer beside us may change one set before and another behind our look at them, so the
+        generation of the ruleset is compared before and after. Raises Stale if it changes each
+        time, unless the table is ours, or `watched`: then what others write elsewhere is all that
+        can have changed, or is reported by the Watcher.
+        """
+        for attempt in range(_READ_TRIES):
+            generation = self.generation()
+            table = self.find(family)
+            if table is None:
+                return None
+            back = ReadBack(table, self.read(table))
+            unchanged = self.generation() == generation
+            if unchanged or table.owner == self.port or (watched and attempt):
+                return back
+        raise _changing()
+
     def find(self, family: int) -> KernelTable | None:
         """The table of a family, without its elements; None if it does not exist."""
         info = self.info(family)
         if info is None:
             return None
-        flags, owner = info
+        with _well_formed():
+            return self._find(family, *info)
+
+    def _find(self, family: int, flags: int, owner: int | None) -> KernelTable:
         sets = {
             text(fields(body)[NFTA_SET_NAME]): body
             for body in self.dump(NFT_MSG_GETSET, family, string(NFTA_SET_TABLE, TABLE))
@@ -209,14 +264,15 @@ class Kernel:
 
     def info(self, family: int) -> tuple[int, int | None] | None:
         """Flags and owner of the table, None if it does not exist."""
-        for body in self.dump(NFT_MSG_GETTABLE, family):
-            table = fields(body)
-            if text(table[NFTA_TABLE_NAME]) == TABLE:
-                flags = integer(table.get(NFTA_TABLE_FLAGS, b""))
-                if not flags & OWNED:
-                    return flags, None
-                # the owner flag ends with the owner: a table that persists without one is an orphan
-                return flags, integer(table.get(NFTA_TABLE_OWNER, b""))
+        tables = self.dump(NFT_MSG_GETTABLE, family)
+        with _well_formed():
+            for table in map(fields, tables):
+                if text(table[NFTA_TABLE_NAME]) == TABLE:
+                    flags = integer(table.get(NFTA_TABLE_FLAGS, b""))
+                    if not flags & OWNED:
+                        return flags, None
+                    # the owner flag ends with the owner: without one it is an orphan
+                    return flags, integer(table.get(NFTA_TABLE_OWNER, b""))
         return None
 
     def count(self, owner: Set) -> int | None:
@@ -232,11 +288,18 @@ class Kernel:
         """All elements of a set of our tables."""
         request = string(NFTA_SET_ELEM_LIST_TABLE, TABLE)
         request += string(NFTA_SET_ELEM_LIST_SET, owner.name)
+        # Any commit in the namespace interrupts a dump, but only one to our tables matters, and
+        # those are noticed otherwise (`read_back`). Others must not keep us from reading for ever.
+        for _ in range(_ELEMENT_TRIES):
+            bodies, complete = self._dump(NFT_MSG_GETSETELEM, owner.family, request)
+            if complete:
+                break
         found: list[Element] = []
-        for body in self.dump(NFT_MSG_GETSETELEM, owner.family, request):
-            for kind, payload in attributes(body):
-                if kind == NFTA_SET_ELEM_LIST_ELEMENTS:
-                    found.extend(decode_elements(owner, payload))
+        with _well_formed():
+            for body in bodies:
+                for kind, payload in attributes(body):
+                    if kind == NFTA_SET_ELEM_LIST_ELEMENTS:
+                        found.extend(decode_elements(owner, payload))
         if owner.interval and len(owner.key) == 1:
             return join_ranges(found)
         return dict(found)
@@ -250,6 +313,13 @@ class Kernel:
             if s.name in found.sets and not s.dynamic
         }
 
+    def complete(self, owner: Set) -> dict[Key, Value]:
+        """`elements` of a set that may be growing or shrinking at the moment."""
+        for body in self.dump(NFT_MSG_GETSET, owner.family, string(NFTA_SET_TABLE, TABLE)):
+            if text(fields(body).get(NFTA_SET_NAME, b"")) == owner.name:
+                return self._all_elements(owner, body)
+        return {}
+
     def _all_elements(self, owner: Set, body: bytes) -> dict[Key, Value]:
         """The elements of a set, as many as the kernel says it has, where it says so.
 
@@ -258,23 +328,32 @@ class Kernel:
         """
         elements = self.elements(owner)
         count = integer(fields(body).get(NFTA_SET_COUNT, b""))
-        for _ in range(_DUMP_TRIES):
+        for _ in range(_GROWING_TRIES):
             if owner.interval or len(elements) >= count:
                 break
-            time.sleep(_DUMP_PAUSE)
+            time.sleep(_GROWING_PAUSE)
             elements = self.elements(owner)
         return elements
 
     def dump(self, kind: int, family: int, body: bytes = b"") -> list[bytes]:
         """The bodies of all answers to a dump (`kind` is NFT_MSG_GET*), of any tables.
 
-        It is asked again if the ruleset changed while it ran.
+        It is asked again if the ruleset changed while it ran. Raises Stale if it always does.
         """
-        while True:
-            try:
-                return list(self._ask(kind, family, body, NLM_F_DUMP))
-            except Interrupted:
-                continue
+        for _ in range(_READ_TRIES):
+            answers, complete = self._dump(kind, family, body)
+            if complete:
+                return answers
+        raise _changing()
+
+    def _dump(self, kind: int, family: int, body: bytes) -> tuple[list[bytes], bool]:
+        """The answers to one dump, and whether no commit interrupted it."""
+        answers: list[bytes] = []
+        try:
+            answers.extend(self._ask(kind, family, body, NLM_F_DUMP))
+        except Interrupted:
+            return answers, False
+        return answers, True
 
     def _ask(self, kind: int, family: int, body: bytes, flags: int) -> Iterator[bytes]:
         try:
@@ -293,7 +372,7 @@ class Kernel:
 
         Raises OwnedByOther.
         """
-        for family in FAMILIES:
+        for family in self.families:
             info = self.info(family)
             if info is None or info[1] in (None, self.port):
                 continue
@@ -320,27 +399,65 @@ class Kernel:
 
     # session affinity
 
-    def forget(self, family: int, current: Callable[[Key, Value], bool]) -> int:
-        """Deletes what the affinity map holds beyond what is `current`; returns how many.
+    def destroy(self, owner: Set, elements: Sequence[Element]) -> None:
+        """Deletes elements that may expire meanwhile. Raises KernelError.
 
-        Costs what the map holds.
+        Linux 6.3 can delete elements as far as they are present. On older kernels one that is
+        absent fails the whole transaction, so halves are tried until it is found.
         """
-        affinity = SETS[family].affinity
-        stale = [e for e in self.elements(affinity).items() if not current(*e)]
-        if stale:
-            self._delete_if_there(affinity, stale)
-        return len(stale)
-
-    def _delete_if_there(self, owner: Set, elements: list[Element]) -> None:
-        """Deletes elements that may expire meanwhile: all at once, else one by one."""
-        try:
-            batch = Batch()
+        if not elements:
+            return
+        batch = Batch()
+        if self._destroys:
+            batch.destroy_elements(TABLE, owner, elements)
+        else:
             batch.delete_elements(TABLE, owner, elements)
+        try:
             self.send(batch)
-        except Stale:
+        except Stale as error:
+            if self._destroys or error.errno != errno.ENOENT:
+                raise
             if len(elements) > 1:
-                for element in elements:
-                    self._delete_if_there(owner, [element])
+                middle = len(elements) // 2
+                self.destroy(owner, elements[:middle])
+                self.destroy(owner, elements[middle:])
+        except Refused as error:
+            if not self._destroys or error.errno not in _UNKNOWN_MESSAGE:
+                raise
+            self._destroys = False
+            self.destroy(owner, elements)
+
+
+def _has_ipv6_sockets() -> bool:
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError as error:
+        return error.errno != errno.EAFNOSUPPORT
+    return True
+
+
+def transaction_of(transaction: Transaction, families: Container[int]) -> Transaction:
+    """The part of a transaction that is about these families."""
+    change = Change()
+    for mine, all_of in (
+        (change.added, transaction.change.added),
+        (change.removed, transaction.change.removed),
+    ):
+        mine.update((owner, e) for owner, e in all_of.items() if owner.family in families)
+    return Transaction(tuple(t for t in transaction.tables if t.family in families), change)
+
+
+def _changing() -> Stale:
+    return Stale(errno.EAGAIN, "reading the tables", "they change faster than they can be read")
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """Makes of bytes that cannot be decoded an error of the kernel's."""
+    try:
+        yield
+    except Malformed as error:
+        raise Refused(errno.EBADMSG, "reading the tables", str(error)) from None
 
 
 def _refusal(failure: Failure, subject: str) -> KernelError:

@@ -12,7 +12,7 @@ from rules.events import Delete, Event, Upsert
 from rules.objects import Object
 from rules.options import Options
 from rules.state import State
-from rules.tables import FAMILIES
+from rules.tables import FAMILIES, SETS
 from rules.transaction import Transaction, table_change
 
 
@@ -56,7 +56,10 @@ class Proxy:
         self.seconds = time.perf_counter() - started
         for family in transaction.change.stale_affinity:
             if self.affinity_set(family):
-                self.kernel.forget(family, self.state.is_current)
+                affinity = SETS[family].affinity
+                clients = self.kernel.elements(affinity).items()
+                stale = [c for c in clients if not self.state.is_current(*c)]
+                self.kernel.destroy(affinity, stale)
         return transaction
 
     def affinity_set(self, family: int) -> bool:

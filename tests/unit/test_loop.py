@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -16,15 +16,17 @@ import pytest
 from agent import loop as subject
 from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import KernelError, Refused, Stale
-from agent.loop import Disturbed, Failed, Loop, Reports, Stop, WorkerFailed
+from agent.loop import Connections, Disturbed, Failed, Loop, Reports, Stop, WorkerFailed
 from agent.serve.health import Heartbeat
 from agent.serve.metrics import Recorder
 from rules.events import Delete, Event, NodeAddresses, Synced, Upsert
 from rules.health_check import HealthCheck
+from rules.language import Set
 from rules.objects import EndpointSlice, Name, Service
 from rules.options import Options
 from rules.state import State
 from rules.tables import SETS
+from rules.text import Element
 from tests.manifest import endpoint, endpoint_slice, node, service
 from tests.unit.fakes.kernel import FakeKernel, FakeNetfilter
 from tests.unit.test_health import log
@@ -83,7 +85,7 @@ class Node:
             self.kernel,
             log(self.lines),
             reports=Reports(self.seen, self.heartbeat, lambda c: self.checks.append(dict(c))),
-            connect_conntrack=NoFlows,
+            connections=Connections(NoFlows, lambda: self.netfilter.connect(own=False)),
             **options,
         )
 
@@ -413,8 +415,17 @@ def test_sticky_clients_of_a_removed_endpoint_are_forgotten() -> None:
         node_.netfilter.tables[4].sets[affinity.name].elements[client] = gone
         node_.loop.put(web(2, sessionAffinity="ClientIP"))
 
-    node_.then(remember, Stop())
+    destroy = node_.kernel.destroy
+
+    def destroyed(owner: Set, elements: Sequence[Element]) -> None:
+        destroy(owner, elements)
+        if elements:
+            node_.loop.put(Stop())
+
+    node_.kernel.destroy = destroyed  # type: ignore[method-assign]
+    node_.then(remember)
     node_.run([ADDRESSES, *web(1, 2, sessionAffinity="ClientIP"), Synced()])
+    assert node_.seen.calls == ["programmed", "programmed"]
     assert "sticky_clients_forgotten" in node_.events()
     assert node_.kernel.elements(affinity) == {}
 

@@ -12,7 +12,6 @@ from typing import Protocol
 import pytest
 
 from agent.kernel.errors import Full, OwnedByOther, Stale
-from agent.kernel.readahead import read_now
 from agent.kernel.tables import Kernel
 from agent.loop import reader
 from rules.diff import Change, Elements
@@ -59,7 +58,7 @@ def _program(kernel: Kernel, state: State) -> Transaction:
 def _read(kernel: Kernel) -> Elements:
     elements: dict[object, object] = {}
     for family in FAMILIES:
-        there = read_now(kernel, family)
+        there = kernel.read_back(family)
         assert there is not None
         elements |= {s: dict(items) for s, items in there.elements.items() if items}
     return elements  # type: ignore[return-value]

@@ -13,7 +13,7 @@ and that nothing else may use a set or a chain that is deleted, but for verdicts
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
@@ -22,7 +22,7 @@ from rules.diff import Elements
 from rules.language import Chain, Set, Table
 from rules.netlink.nftables import NFT_TABLE_F_PERSIST
 from rules.tables import FAMILIES, SETS, TABLE
-from rules.text import Key, Value
+from rules.text import Element, Key, Value
 from rules.transaction import TableChange, TableContents, Transaction, encode
 
 
@@ -115,6 +115,7 @@ class FakeKernel(Kernel):
         self.netfilter = netfilter
         self.table_flags = table_flags
         self._port = port
+        self.families = FAMILIES
         self._refusals: list[KernelError] = []
         self._unreadable: list[KernelError] = []
 
@@ -217,6 +218,9 @@ class FakeKernel(Kernel):
 
     # reading
 
+    def generation(self) -> int:
+        return len(self.netfilter.transactions)
+
     def find(self, family: int) -> KernelTable | None:
         if self._unreadable:
             raise self._unreadable.pop(0)
@@ -244,7 +248,13 @@ class FakeKernel(Kernel):
         }
 
     def elements(self, owner: Set) -> dict[Key, Value]:
-        return dict(self._set(self.netfilter.tables, owner).elements)
+        table = self.netfilter.tables.get(owner.family)  # any connection may read
+        if table is None or owner.name not in table.sets:
+            raise Stale(errno.ENOENT, f"elements of {owner.name}")
+        return dict(table.sets[owner.name].elements)
+
+    def complete(self, owner: Set) -> dict[Key, Value]:
+        return self.elements(owner)
 
     # owning
 
@@ -265,9 +275,7 @@ class FakeKernel(Kernel):
 
     # session affinity
 
-    def forget(self, family: int, current: Callable[[Key, Value], bool]) -> int:
-        elements = self._set(self.netfilter.tables, SETS[family].affinity).elements
-        stale = [key for key, value in elements.items() if not current(key, value)]
-        for key in stale:
-            del elements[key]
-        return len(stale)
+    def destroy(self, owner: Set, elements: Sequence[Element]) -> None:
+        have = self._set(self.netfilter.tables, owner).elements
+        for key, _ in elements:
+            have.pop(key, None)

@@ -1,0 +1,155 @@
+"""Decoders of netlink meet garbage: they raise Malformed or return, and nothing else."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from agent.kernel import watcher
+from agent.kernel.conntrack import decode, parse
+from rules.netlink import elements as subject
+from rules.netlink.attributes import (
+    NLA_F_NESTED,
+    Malformed,
+    attribute,
+    attributes,
+    fields,
+    includes,
+    integer,
+    nest,
+    text,
+)
+from rules.netlink.elements import decode_elements, encode_elements, join_ranges
+from rules.netlink.messages import NLMSG_HEADER, error_of, message, messages
+from rules.netlink.nftables import NFTA_LIST_ELEM
+from rules.stale_flows import Flow
+from rules.tables import SETS
+from tests.unit.test_conntrack import CLIENT, VIP, A, entry
+
+SETS_OF_ALL_KINDS = [s for sets in SETS.values() for s in (*sets.always, *sets.sticky)]
+
+# lengths that lie: too small, too large, off by a few
+_headers = st.builds(
+    struct.Struct("=HH").pack,
+    st.sampled_from([0, 1, 3, 4, 5, 8, 12, 20, 0xFFFF]),
+    st.integers(0, 0xFFFF),
+)
+
+
+def _nests(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    kinds = st.integers(0, 30)
+    return st.builds(
+        lambda kind, parts: nest(kind, *parts), kinds, st.lists(inner, max_size=4)
+    ) | st.builds(lambda kind, part: attribute(kind | NLA_F_NESTED, part), kinds, inner)
+
+
+_leaves = st.builds(attribute, st.integers(0, 30), st.binary(max_size=24))
+_trees = st.recursive(_leaves | _headers | st.binary(max_size=40), _nests, max_leaves=12)
+garbage = st.binary(max_size=200) | st.lists(_trees, max_size=5).map(b"".join)
+
+
+def _mutated(seed: bytes) -> st.SearchStrategy[bytes]:
+    """Real bytes, with a few changed, and cut off somewhere."""
+    places = st.dictionaries(st.integers(0, len(seed) - 1), st.integers(0, 255), max_size=6)
+
+    def change(changes: dict[int, int], end: int) -> bytes:
+        data = bytearray(seed)
+        for place, value in changes.items():
+            data[place] = value
+        return bytes(data[:end])
+
+    return st.builds(change, places, st.integers(0, len(seed)))
+
+
+def survives(function: Callable[[], Any]) -> None:
+    with suppress(Malformed):
+        function()
+
+
+@given(garbage)
+@example(b"\x04\x00\x01\x00" * 3)
+@example(b"\x00\x00\x00\x00")
+def test_attributes(data: bytes) -> None:
+    survives(lambda: list(attributes(data)))
+    survives(lambda: fields(data)[1])
+    survives(lambda: [text(payload) + str(integer(payload)) for _, payload in attributes(data)])
+
+
+@given(garbage, garbage)
+def test_comparing(theirs: bytes, ours: bytes) -> None:
+    """Ours are well formed in practice; what the kernel says need not be."""
+    survives(lambda: includes(theirs, ours, NFTA_LIST_ELEM))
+
+
+_seed_messages = message(0x0A0C, 0, 7, b"\x02\0\0\0" + attribute(1, b"sliceproxy\0")) + message(
+    2, 0x200, 8, struct.pack("=i", -2) + bytes(16) + attribute(1, b"no such set\0")
+)
+
+
+@given(st.binary(max_size=100) | _mutated(_seed_messages))
+def test_messages(data: bytes) -> None:
+    def read() -> None:
+        count = 0
+        for _kind, flags, _sequence, start, end in messages(data):
+            count += 1
+            assert start + count <= len(data) + count
+            survives(lambda s=start, e=end, f=flags: error_of(data[s:e], f))  # type: ignore[misc]
+        assert count * NLMSG_HEADER.size <= len(data)
+
+    survives(read)
+
+
+@given(kind=st.integers(0, 0xFFFF), content=garbage)
+def test_what_the_watcher_reads(kind: int, content: bytes) -> None:
+    survives(lambda: watcher._is_ours(kind, content))
+
+
+def _value(owner: Any) -> Any:
+    if owner.verdicts:
+        return "balance-4"
+    if owner.data:
+        return bytes(owner.data_length)
+    return b"\x7f" * owner.key_length if owner.interval else None
+
+
+@pytest.mark.parametrize("owner", SETS_OF_ALL_KINDS, ids=lambda s: f"{s.name}-{s.family}")
+@given(data=st.data())
+def test_elements(owner: Any, data: st.DataObject) -> None:
+    three = [(bytes([n]) * owner.key_length, _value(owner)) for n in (1, 2, 3)]
+    seed = b"".join(encode_elements(owner, three))
+    payload = data.draw(garbage | _mutated(seed))
+
+    def read() -> None:
+        found = list(decode_elements(owner, payload))
+        assert all(len(key) == owner.key_length for key, _ in found)
+        join_ranges(found)
+
+    survives(read)
+
+
+@pytest.mark.parametrize("owner", SETS_OF_ALL_KINDS, ids=lambda s: f"{s.name}-{s.family}")
+def test_elements_read_by_strides_are_those_read_one_by_one(owner: Any) -> None:
+    three = [(bytes([n]) * owner.key_length, _value(owner)) for n in (1, 2, 3)]
+    payload = b"".join(encode_elements(owner, three))
+    one_by_one = [subject._decode_element(owner, content) for _, content in attributes(payload)]
+    assert list(decode_elements(owner, payload)) == one_by_one
+    if not owner.interval:
+        assert one_by_one == three
+
+
+_entry = entry(Flow(CLIENT, VIP, A))
+
+
+@given(st.sampled_from([2, 10, 0]), garbage | _mutated(_entry))
+@example(2, b"")
+def test_conntrack_entries(family: int, content: bytes) -> None:
+    data = bytes(16) + struct.pack("=BBH", family, 0, 0) + content
+    survives(lambda: parse(content))
+    survives(lambda: decode(data, 16, len(data)))
+    survives(lambda: decode(data, 16, min(len(data), 18)))
