@@ -98,7 +98,9 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
                 put(Failed(name, error))
 
         if kernel.families != FAMILIES:
-            logger.warning("address_family_unavailable", advice="Services are programmed for IPv4 alone")
+            logger.warning(
+                "address_family_unavailable", advice="Services are programmed for IPv4 alone"
+            )
         served = stack.enter_context(_served(settings, logger, failed))
         reports = served.reports
         ahead = read_ahead(kernel, logger)
