@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from agent import __version__, log
+from agent.config.data_plane import serves_localhost
 from agent.config.file import ConfigFile
 from agent.config.settings import Settings
 from agent.kernel import addresses, kube_proxy
@@ -33,8 +34,11 @@ from agent.kernel.tables import Kernel
 from agent.loop import Failed, Loop, Reports, Stop, WorkerFailed
 from agent.serve.health import HealthServer, Heartbeat, WatchAges
 from agent.serve.http import TcpAddress, raise_descriptor_limit
+from agent.serve.localhost_ports import LocalhostPorts
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
 from rules.events import Event
+from rules.health_check import HealthCheck
+from rules.objects import Name
 from rules.state import State
 from rules.tables import FAMILIES
 
@@ -102,7 +106,9 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
                 "address_family_unavailable", advice="Services are programmed for IPv4 alone"
             )
         served = stack.enter_context(_served(settings, logger, failed))
-        reports = served.reports
+        reports, ports = served.reports, _localhost_ports(settings, logger, failed)
+        if ports:
+            reports = _also_to(ports, reports)
         ahead = read_ahead(kernel, logger)
         loop = Loop(
             State(chosen),
@@ -115,7 +121,13 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         )
         queued.append(loop.put)
         _stop_on_signals(loop)
-        source = _source(places, settings, loop.put, logger, served, failed=failed, stack=stack)
+
+        def put(events: Sequence[Event]) -> None:
+            loop.put(events)
+            if ports:
+                ports.update(events)
+
+        source = _source(places, settings, put, logger, served, failed=failed, stack=stack)
         network = addresses.AddressFollower(loop.put, failed)
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         if ahead:
@@ -125,13 +137,32 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             configure(settings.conntrack(), logger)
         _warn_of_kube_proxy(kernel, logger)
         affinity = AffinityWatch(reports.recorder.remembered, logger, failed)
-        for worker in (network, affinity):
+        for worker in (network, affinity, *([ports] if ports else ())):
             stack.callback(worker.stop)
             worker.start()
         stack.callback(source.stop)
         source.start()
         loop.run()
         logger.info("stopped", tables="left in place")
+
+
+def _localhost_ports(
+    settings: Settings, logger: FilteringBoundLogger, failed: Callable[[str, Exception], None]
+) -> LocalhostPorts | None:
+    """The forwarder of node ports on loopback addresses, if they are asked for."""
+    if not serves_localhost(settings.nodeport_addresses):
+        return None
+    return LocalhostPorts(logger, failed, settings.proxy_name)
+
+
+def _also_to(ports: LocalhostPorts, reports: Reports) -> Reports:
+    """`reports`, and the ports learn when the kernel has rules."""
+
+    def report(checks: Mapping[Name, HealthCheck]) -> None:
+        reports.health_checks(checks)
+        ports.programmed()
+
+    return reports._replace(health_checks=report)
 
 
 class _Following:
@@ -144,7 +175,7 @@ class _Following:
     def ages(self) -> Mapping[str, float]:
         """Seconds since the last valid answer, by resource."""
         now = time.monotonic()
-        return {w.resource: now - (w.last_valid or self._started) for w in self.watches()}
+        return {w.resource: now - (w.last_message or self._started) for w in self.watches()}
 
 
 class _Served(NamedTuple):
