@@ -44,7 +44,7 @@ from bench.process import HOST
 from bench.results import Results, metric, say, yardstick
 from bench.server import Prepared
 from lab.world import World
-from rules.language import Base, Chain, Final, Hook, Is, Status, rule
+from rules.language import Base, Chain, Final, Hook, Is, Predicate, rule
 from rules.netlink.batch import Batch
 
 _PODS = 10
@@ -246,7 +246,7 @@ def _close(sinks: list[socket.socket]) -> None:
 
 def _track_connections(*, nat: bool) -> None:
     """A table that makes the kernel track connections, with or without NAT, and does no more."""
-    track = (rule(Is(Status.NEW), Final.RETURN),)
+    track = (rule(Is(Predicate.NEW), Final.RETURN),)
     chains = [Chain("track", track, Base("filter", Hook.FORWARD, 0))]
     if nat:
         hooks = (Hook.PREROUTING, -100), (Hook.OUTPUT, -100), (Hook.POSTROUTING, 100)

@@ -192,7 +192,7 @@ def _length(fields: Concat) -> int:
 # --- statements ---------------------------------------------------------------------------------
 
 
-class Status(Enum):
+class Predicate(Enum):
     """Tests on the connection and the route that take no argument."""
 
     NEW = "ct state new"
@@ -203,9 +203,9 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Is:
-    """Goes on if the status holds."""
+    """Goes on if the predicate holds."""
 
-    status: Status
+    predicate: Predicate
 
 
 @dataclass(frozen=True, slots=True)

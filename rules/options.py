@@ -12,7 +12,7 @@ from rules.tables import DEFAULT_MARK
 
 
 class DetectLocalMode(Enum):
-    """How packets from pods of this node are told, by kube-proxy's names."""
+    """How packets from pods of this node are identified, by kube-proxy's names."""
 
     NONE = "None"
     CLUSTER_CIDR = "ClusterCIDR"

@@ -1,7 +1,7 @@
 """Which endpoints this node uses, and why.
 
 The rules are kube-proxy's (KEP-1669 terminating endpoints, KEP-2433 topology hints, KEP-3015 same
-node and zone; `semantics.md` has them on a page):
+node and zone; `docs/semantics.md` has them on a page):
 
 - the *cluster list*: the ready endpoints, narrowed to those hinted for this node if every ready
   one carries node hints and one names this node, else likewise for this zone; if there is no ready
@@ -10,7 +10,7 @@ node and zone; `semantics.md` has them on a page):
   they terminate. Hints do not apply.
 
 A selection is a `Basis` and the endpoints that meet it. The reason for a single endpoint's fate is
-derived from the basis on demand: nobody pays for reasons while packets wait.
+derived from the basis on demand, so programming does not compute reasons.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ A verdict names the chain that draws, and a changed verdict makes the kernel val
 table (walking every verdict of every map), so the chain must not change with every endpoint. It
 draws from a *width* instead, the first of a fixed ladder that is wide enough:
 
-- an endpoint that comes takes a free slot or the next one; when one goes, the last slot's endpoint
+- a new endpoint takes a free slot or the next one; when one is removed, the last slot's endpoint
   moves into the hole. The others stay, and so do connections' chances of being spread evenly;
 - a Service changes its width only when it outgrows it, or when it has shrunk below FEWEST of it.
   A rolling update that swings by a quarter in both directions crosses one rung at most, once:
@@ -70,8 +70,8 @@ def assign(before: Slots, wanted: Sequence[Target]) -> Slots:
     """The slots for `wanted`, each endpoint where it was if that is possible.
 
     `wanted` holds no target twice; those beyond MAX_ENDPOINTS get no slot. Returns `before` itself
-    if nothing changes, so that callers can tell by identity. At most one slot per endpoint that
-    came or went changes, and one more per endpoint that must move into a hole.
+    if nothing changes, so that callers can compare by identity. At most one slot per endpoint that
+    was added or removed changes, and one more per endpoint that must move into a hole.
     """
     wanted = wanted[:MAX_ENDPOINTS]
     if not before:

@@ -85,11 +85,11 @@ from rules.language import (
     Mark,
     Marked,
     NotFromInterface,
+    Predicate,
     Remember,
     Rule,
     Set,
     Statement,
-    Status,
     Table,
     Translate,
     Unmark,
@@ -198,7 +198,7 @@ SETS = {family: FamilySets(family) for family in FAMILIES}
 
 
 class PodInterface(msgspec.Struct, frozen=True):
-    """Pods of this node are told by the interface their packets come in at."""
+    """Identifies this node's pods by ingress interface."""
 
     name: str
     prefix: bool
@@ -207,8 +207,8 @@ class PodInterface(msgspec.Struct, frozen=True):
 class Layout(msgspec.Struct, frozen=True):
     """What the rules of one family depend on; two equal layouts make equal tables.
 
-    `pods` says how a pod of this node is told: by the pod-cidrs set (True), by an interface, or
-    not at all (None). `affinity` holds the timeouts in seconds that Services ask for, ascending;
+    `pods` says how a pod of this node is identified: by the pod-cidrs set (True), by an interface,
+    or not at all (None). `affinity` holds the timeouts in seconds that Services ask for, ascending;
     `guarded` says whether one has loadBalancerSourceRanges.
     """
 
@@ -252,13 +252,15 @@ def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
     ):
         base, name = Base("filter", hook, 0), f"filter-{hook.value[0]}"
         if not layout.guarded:
-            new = rule(Is(Status.NEW), Is(Status.UNTRANSLATED), Jump(unanswered))
+            new = rule(Is(Predicate.NEW), Is(Predicate.UNTRANSLATED), Jump(unanswered))
             yield Chain(name, (new,), base)
             continue
         guarded = f"guarded-{hook.value[0]}"
-        yield Chain(name, (rule(Is(Status.NEW), Jump(guarded)),), base)
-        yield Chain(guarded, (rule(Jump("guard")), rule(Is(Status.UNTRANSLATED), Jump(unanswered))))
-    remember = (rule(Is(Status.TRANSLATED), Jump("remember")),) if layout.affinity else ()
+        yield Chain(name, (rule(Is(Predicate.NEW), Jump(guarded)),), base)
+        yield Chain(
+            guarded, (rule(Jump("guard")), rule(Is(Predicate.UNTRANSLATED), Jump(unanswered)))
+        )
+    remember = (rule(Is(Predicate.TRANSLATED), Jump("remember")),) if layout.affinity else ()
     if remember:
         yield Chain("nat-input", remember, Base("nat", Hook.INPUT, 100))
     yield Chain(
@@ -268,7 +270,7 @@ def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
             rule(
                 # few match, so this goes first; a node that asks itself may, untranslated
                 In((f.saddr, f.daddr), sets.hairpins),
-                Is(Status.TRANSLATED),
+                Is(Predicate.TRANSLATED),
                 Unmark(layout.mark),
                 Final.MASQUERADE,
                 comment="a pod that reached itself through a Service",
@@ -482,7 +484,7 @@ def _balancer_family(
 
 
 def _marks_own(layout: Layout) -> tuple[Rule, ...]:
-    return (rule(Is(Status.FROM_HERE), Mark(layout.mark), comment="sent by the node itself"),)
+    return (rule(Is(Predicate.FROM_HERE), Mark(layout.mark), comment="sent by the node itself"),)
 
 
 def _draw(width: int, *, node_port: bool, inside: bool) -> str:

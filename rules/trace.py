@@ -53,12 +53,12 @@ from rules.language import (
     Mark,
     Marked,
     NotFromInterface,
+    Predicate,
     Remember,
     Rule,
     Set,
     Source,
     Statement,
-    Status,
     Table,
     Translate,
     Unmark,
@@ -270,15 +270,15 @@ class _Flight:
     def _translated(self) -> bool:
         return (self.destination, self.port) != (self.packet.destination, self.packet.port)
 
-    def holds(self, status: Status) -> bool:
+    def holds(self, status: Predicate) -> bool:
         match status:
-            case Status.NEW:
+            case Predicate.NEW:
                 return True
-            case Status.TRANSLATED:
+            case Predicate.TRANSLATED:
                 return self._translated
-            case Status.UNTRANSLATED:
+            case Predicate.UNTRANSLATED:
                 return not self._translated
-            case Status.FROM_HERE:
+            case Predicate.FROM_HERE:
                 return self.packet.source in self.packet.own
 
     def read(self, field: Field) -> bytes:

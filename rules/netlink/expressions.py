@@ -24,12 +24,12 @@ from rules.language import (
     Mark,
     Marked,
     NotFromInterface,
+    Predicate,
     Remember,
     Rule,
     Set,
     Source,
     Statement,
-    Status,
     Translate,
     Unmark,
 )
@@ -171,13 +171,13 @@ def _expression(name: str, *parts: bytes) -> bytes:
 
 def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: PLR0912
     match described:
-        case Is(Status.NEW):
+        case Is(Predicate.NEW):
             yield from _has_bit(NFT_CT_STATE, _STATE_NEW)
-        case Is(Status.TRANSLATED):
+        case Is(Predicate.TRANSLATED):
             yield from _has_bit(NFT_CT_STATUS, _IPS_DST_NAT)
-        case Is(Status.UNTRANSLATED):
+        case Is(Predicate.UNTRANSLATED):
             yield from _has_bit(NFT_CT_STATUS, _IPS_DST_NAT, NFT_CMP_EQ)
-        case Is(Status.FROM_HERE):
+        case Is(Predicate.FROM_HERE):
             yield _expression(
                 "fib",
                 u32(NFTA_FIB_DREG, NFT_REG_1),
