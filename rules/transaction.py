@@ -22,10 +22,14 @@ from rules.tables import TABLE
 
 
 class TableContents(NamedTuple):
-    """What a table is known to hold: the description by name, or None for something else."""
+    """What a table is known to hold: the description by name, or None for something else.
+
+    `same_hook` has the names of chains that have the wanted hook, whatever their rules are.
+    """
 
     sets: Mapping[str, Set | None]
     chains: Mapping[str, Chain | None]
+    same_hook: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, table: Table) -> TableContents:
@@ -61,7 +65,8 @@ def table_change(want: Table, have: TableContents | None) -> TableChange:
             return _creation(want)._replace(delete=True)
     for chain in want.chains:
         old = have.chains.get(chain.name, chain)
-        if chain.base and (old is None or old.base != chain.base):
+        differs = chain.name not in have.same_hook if old is None else old.base != chain.base
+        if chain.base and differs:
             return _creation(want)._replace(delete=True)
     set_names, chain_names = {s.name for s in want.sets}, {c.name for c in want.chains}
     return TableChange(

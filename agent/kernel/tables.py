@@ -98,14 +98,20 @@ class KernelTable(NamedTuple):
                 name: chains[name] if name in chains and self._is(chains[name]) else None
                 for name in self.chains
             },
+            frozenset(n for n in self.chains if n in chains and self._has_hook_of(chains[n])),
+        )
+
+    def _has_hook_of(self, chain: Chain) -> bool:
+        body = self.chains[chain.name]
+        has_hook = NFTA_CHAIN_HOOK in fields(body)
+        return has_hook == (chain.base is not None) and includes(
+            body, chain_body(TABLE, chain), NFTA_LIST_ELEM
         )
 
     def _is(self, chain: Chain) -> bool:
-        body, rules = self.chains[chain.name], self.rules.get(chain.name, [])
-        has_hook = NFTA_CHAIN_HOOK in fields(body)
+        rules = self.rules.get(chain.name, [])
         return (
-            has_hook == (chain.base is not None)
-            and includes(body, chain_body(TABLE, chain), NFTA_LIST_ELEM)
+            self._has_hook_of(chain)
             and len(rules) == len(chain.rules)
             and all(
                 includes(theirs, rule_body(TABLE, chain.name, ours, self.family), NFTA_LIST_ELEM)
