@@ -139,8 +139,9 @@ def test_configuration_is_one_that_the_agent_takes() -> None:
     healthz = settings.healthz()
     assert healthz
     assert healthz.port == port["containerPort"]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert CONTAINER[probe]["httpGet"] == {"path": "/livez", "port": port["name"]}
+    asked = {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+    for probe, path in asked.items():
+        assert CONTAINER[probe]["httpGet"] == {"path": path, "port": port["name"]}
 
 
 def test_kubeconfig_names_no_service(tmp_path: Path) -> None:

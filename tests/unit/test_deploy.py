@@ -169,7 +169,7 @@ def test_the_charts_default_rendering_is_the_one_file_manifest(
 def test_every_place_has_the_version() -> None:
     about = yaml.safe_load((DEPLOY / "chart" / "Chart.yaml").read_text())
     assert about["version"] == about["appVersion"] == __version__
-    for name in ("base", "cleanup"):
+    for name in ("base", "cleanup", "prepull"):
         text = (DEPLOY / name / "daemonset.yaml").read_text()
         assert set(re.findall(r"image: (\S+)", text)) == {f"sliceproxy:{__version__}"}
 
@@ -178,7 +178,9 @@ def test_every_place_has_the_version() -> None:
 
 
 @needs_kubectl
-@pytest.mark.parametrize("name", ["base", "cleanup", *(f"overlays/{o}" for o in OVERLAYS)])
+@pytest.mark.parametrize(
+    "name", ["base", "cleanup", "prepull", *(f"overlays/{o}" for o in OVERLAYS)]
+)
 def test_valid_for_kubernetes(name: str) -> None:
     valid(kustomized(name))
 
@@ -331,6 +333,26 @@ def test_cleanup_has_the_agents_rights_and_no_token() -> None:
     assert cleanup["securityContext"] == container(one_file())["securityContext"]
     (waiting,) = pod["containers"]
     assert waiting["securityContext"]["capabilities"] == {"drop": CONFINED["cap_drop"]}
+
+
+def test_prepull_has_no_rights() -> None:
+    (document,) = load((DEPLOY / "prepull/daemonset.yaml").read_text()).values()
+    pod = document["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert "hostNetwork" not in pod
+    (pulled,) = pod["containers"]
+    assert pulled["securityContext"]["runAsUser"] == 65534
+    assert pulled["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_configurations_in_the_document_are_ones_that_the_agent_takes() -> None:
+    """docs/networks.md."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/networks.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        read = config_file.parse(block, "config.conf")
+        assert not read.without_meaning
+        config_file.Settings(**read.chosen).options()
 
 
 # --- Helm -----------------------------------------------------------------------------------------
