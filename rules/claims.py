@@ -26,6 +26,7 @@ from rules.lookup import Destination, node_port_claim
 from rules.objects import Address, Name
 from rules.program import Claim, Program
 from rules.tables import SETS
+from rules.target import PORT_LENGTH
 
 _NAMELESS = "9999"
 """A creation time behind all others, for objects without one."""
@@ -177,12 +178,11 @@ class Claims:
 
     def _node_port_over(self, claim: Claim, name: Name) -> Name | None:
         """The Service whose node port answers where this claim would."""
-        where = Destination.of(claim.key)
-        if where.address not in self._node_port_addresses:
+        if claim.key[: -2 * PORT_LENGTH] not in self._node_port_addresses:
             return None
         if self._programs[name].wanted[claim].frontend.kind is Kind.CLUSTER_IP:
             return None
-        return self._first(node_port_claim(where))
+        return self._first(node_port_claim(Destination.of(claim.key)))
 
 
 def why_lost(frontend: Frontend, claims: Claims, claim: Claim, loser: Name) -> str:

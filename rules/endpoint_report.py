@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
@@ -29,7 +30,7 @@ from rules.objects import (
     ServicePort,
     address_text,
 )
-from rules.program import PortLists, port_lists
+from rules.program import MAX_FRONTENDS, PortLists, port_lists
 from rules.selection import NodeLocation, Selection, reason
 from rules.state import State
 from rules.target import Target, target_of
@@ -176,11 +177,13 @@ def _port_tables(
     *,
     external_ips: bool,
 ) -> Iterator[PortTable]:
-    of_service = list(frontends(service, external_ips=external_ips))
+    # as many as are served: external IPs times ports may be a million
+    of_port: dict[tuple[ServicePort, int], list[Frontend]] = {}
+    for frontend in islice(frontends(service, external_ips=external_ips), MAX_FRONTENDS):
+        of_port.setdefault((frontend.service_port, frontend.family), []).append(frontend)
     for port in ports:
         for family in (4, 6):
-            using = [f for f in of_service if f.service_port == port and f.family == family]
-            if using:
+            if using := of_port.get((port, family)):
                 yield _port_table(using, slices, place)
 
 

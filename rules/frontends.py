@@ -100,7 +100,8 @@ def _addresses(
         (Kind.LOAD_BALANCER_IP, service.load_balancer_ips, service.external_local),
         (Kind.EXTERNAL_IP, service.external_ips if external_ips else (), service.external_local),
     ):
-        yield kind, tuple(a for a in addresses if len(a) in lengths), local
+        if addresses:
+            yield kind, tuple(a for a in addresses if len(a) in lengths), local
 
 
 def _node_ports(service: Service) -> Iterator[Frontend]:

@@ -126,6 +126,11 @@ class PortLists(NamedTuple):
     local: Selection
     serving: frozenset[Target] = _NONE
 
+    @property
+    def most(self) -> int:
+        """The endpoints of the longer list."""
+        return max(len(self.cluster.targets), len(self.local.targets))
+
 
 def port_lists(
     frontend: Frontend, slices: Iterable[EndpointSlice], place: NodeLocation
@@ -179,18 +184,17 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
             guarded.add(frontend.family)
     for (family, _, _), of_port in lists.items():
         shared.update(dict.fromkeys(_hairpins(family, of_port, around.place.node)))
-    problems = [
-        *_refusals(refused),
-        *_excess(service, around, len(wanted), excess=excess),
-        *_cuts(lists),
-    ]
+    problems: tuple[tuple[str, str], ...] = ()
+    if refused or excess or any(lists_.most > MAX_ENDPOINTS for lists_ in lists.values()):
+        left_out = _excess(service, around, len(wanted), excess=excess)
+        problems = (*_refusals(refused), *left_out, *_cuts(lists))
     return Program(
         wanted,
         tuple(shared),
         _frozen(affinity),
         _frozen(guarded),
         service.created,
-        tuple(problems),
+        problems,
     )
 
 
@@ -228,10 +232,7 @@ def _excess(
 
 
 def _cuts(lists: Mapping[tuple[int, str, int], PortLists]) -> Iterator[tuple[str, str]]:
-    most = max(
-        (len(s.targets) for found in lists.values() for s in (found.cluster, found.local)),
-        default=0,
-    )
+    most = max((found.most for found in lists.values()), default=0)
     if most > MAX_ENDPOINTS:
         yield (
             TOO_MANY_ENDPOINTS,

@@ -389,10 +389,12 @@ class State:
             before = old.wanted.get(claim)
             if (before is None or self.claims.is_contested(claim)) and self.claims.put(claim, name):
                 passed.append(claim)
-            elif before != wanted and self.claims.holder(claim) in (name, None):
-                touched.add(claim)
-            if before != wanted:
-                self._note_rivals(claim, name)
+            elif before != wanted:
+                holder = self.claims.holder(claim)
+                if holder in (name, None):
+                    touched.add(claim)
+                if holder != name:
+                    self._note_rivals(claim, name)
         for claim in passed:
             touched.add(claim)
             self._note_rivals(claim, name)
