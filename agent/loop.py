@@ -34,6 +34,7 @@ from agent.serve.metrics import Recorder
 from rules.diff import Change
 from rules.events import Event, NodeAddresses, Synced
 from rules.health_check import HealthCheck
+from rules.history import History
 from rules.language import Table
 from rules.objects import Name
 from rules.program import Claim
@@ -69,7 +70,13 @@ class WorkerFailed(Exception):
         self.error = failed.error
 
 
-Message = Sequence[Event] | Stop | Disturbed | Failed | Clients
+class Ask(NamedTuple):
+    """A reader wants a snapshot of the state; `answer` is called with it in the loop's thread."""
+
+    answer: Callable[[State], None]
+
+
+Message = Sequence[Event] | Stop | Disturbed | Failed | Clients | Ask
 
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 OWNER_POLL_SECONDS = 0.2
@@ -108,6 +115,7 @@ class Reports(NamedTuple):
     recorder: Recorder = Recorder()
     heartbeat: Heartbeat = Heartbeat()
     health_checks: Callable[[Mapping[Name, HealthCheck]], None] = lambda _: None
+    history: History | None = None
 
 
 class Connections(NamedTuple):
@@ -140,7 +148,9 @@ class Loop:
         self._kernel = kernel
         self._log = log
         self._ahead = ahead
-        self._recorder, self._heartbeat, self._report_health_checks = reports or Reports()
+        self._recorder, self._heartbeat, self._report_health_checks, self._history = (
+            reports or Reports()
+        )
         self._flows = FlowCleaner(
             log, self._worker_failed, self._recorder.flows_deleted, connections.conntrack
         )
@@ -158,6 +168,7 @@ class Loop:
         self._outgrown = False
         self._failures = 0
         self._retry_at: float | None = None
+        self._snapshot: State | None = None
 
     def put(self, message: Message) -> None:
         """Queues a message."""
@@ -190,8 +201,10 @@ class Loop:
         self.put(Failed(name, error))
 
     def _turn(self) -> bool:
-        """Applies everything that is queued, then programs it. False after `Stop`."""
+        """Applies everything that is queued, programs it, then answers readers. False after
+        `Stop`."""
         going, changed = True, False
+        readers: list[Callable[[State], None]] = []
         for at, message in self._messages():
             match message:
                 case Stop():
@@ -203,6 +216,8 @@ class Loop:
                     raise WorkerFailed(message)
                 case Clients():
                     self._judge_clients(message)
+                case Ask(answer):
+                    readers.append(answer)
                 case events:
                     self._take(events, at)
                     changed = True
@@ -211,6 +226,12 @@ class Loop:
         self._report_problems()
         if going and (changed or self._doubt) and self._complete and self._due():
             self._program()
+            changed = True
+        if changed:
+            self._snapshot = None
+        for answer in readers:
+            self._snapshot = self._snapshot or self.state.snapshot()
+            answer(self._snapshot)
         return going
 
     def _take(self, events: Sequence[Event], at: float) -> None:
@@ -285,7 +306,9 @@ class Loop:
             self._failures += 1
             self._retry_at = time.monotonic() + delay
             self._recorder.failed()
-            self._log.error("programming_failed", error=str(error), retry_in_seconds=delay)
+            reason = str(error)
+            self._note("refused_by_kernel", reason)
+            self._log.error("programming_failed", error=reason, retry_in_seconds=delay)
         else:
             if self._failures:
                 self._log.info("programming_recovered", failures=self._failures)
@@ -314,6 +337,7 @@ class Loop:
         self._apply(transaction, started, compared=True)
         if self._disturbed and transaction:
             self._recorder.repaired()
+            self._note("repaired", "another process changed the tables", transaction)
         self._doubt = self._disturbed = self._outgrown = False
         self._keep_heap()
         self._forget_clients(FAMILIES)
@@ -343,6 +367,9 @@ class Loop:
         )
         if transaction.tables:
             self._recorder.tables_changed(self.state.tables())
+        if self._history:
+            self._history.record(self.state.changes, time.time(), transaction.change.operations)
+        self.state.changes.clear()
         self._forget_clients(transaction.change.stale_affinity)
         if not compared:  # behind the affinity map, which would bring a stale flow back
             self._look_for_stale_flows(transaction.change.stale_udp)
@@ -367,6 +394,11 @@ class Loop:
             self._looks.append(look)
         else:
             self._flows.look(look)
+
+    def _note(self, kind: str, reason: str, transaction: Transaction | None = None) -> None:
+        if self._history:
+            elements = transaction.change.operations if transaction else 0
+            self._history.note(kind, time.time(), reason, elements)
 
     def _forget_clients(self, families: Iterable[int]) -> None:
         """Has the affinity map read, to delete from it the clients of endpoints that were

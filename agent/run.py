@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -28,16 +29,20 @@ from agent.config.settings import Settings
 from agent.kernel import addresses, kube_proxy
 from agent.kernel.affinity import AffinityWatch
 from agent.kernel.errors import KernelError
+from agent.kernel.facts import collect, conntrack, with_state
 from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
-from agent.loop import Failed, Loop, Reports, Stop, WorkerFailed
+from agent.loop import Ask, Failed, Loop, Reports, Stop, WorkerFailed
+from agent.serve.api import Api, ApiServer, Sources
 from agent.serve.health import HealthServer, Heartbeat, WatchAges
-from agent.serve.http import TcpAddress, raise_descriptor_limit
+from agent.serve.http import TcpAddress, UnixAddress, raise_descriptor_limit
 from agent.serve.localhost_ports import LocalhostPorts
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
+from rules.doctor import examine
 from rules.events import Event
 from rules.health_check import HealthCheck
+from rules.history import History
 from rules.objects import Name
 from rules.state import State
 from rules.tables import FAMILIES
@@ -140,6 +145,12 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         for worker in (network, affinity, *([ports] if ports else ())):
             stack.callback(worker.stop)
             worker.start()
+        api = _api_server(
+            settings, loop, served, logger, failed=failed, owns_tables=bool(kernel.table_flags)
+        )
+        if api:
+            stack.callback(api.stop)
+            api.start()
         stack.callback(source.stop)
         source.start()
         loop.run()
@@ -276,7 +287,62 @@ def _served(
                 server.start()
         except OSError as error:
             raise CannotRun(f"cannot serve health and metrics: {error}") from None
-        yield _Served(Reports(recorder, heartbeat, health.update), following)
+        history = History(_seconds, settings.history_size)
+        yield _Served(Reports(recorder, heartbeat, health.update, history), following)
+
+
+def _seconds(text: str) -> float | None:
+    """A time of the API (RFC 3339) as seconds since the epoch; None if it is none."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def _api_server(
+    settings: Settings,
+    loop: Loop,
+    served: _Served,
+    logger: FilteringBoundLogger,
+    *,
+    failed: Callable[[str, Exception], None],
+    owns_tables: bool,
+) -> ApiServer | None:
+    """The read-only API, if it is asked for."""
+    bind = settings.api()
+    if not settings.api_socket and bind is None:
+        return None
+    history = served.reports.history
+    assert history is not None
+    sources = Sources(
+        ask=lambda answer: loop.put(Ask(answer)),
+        heartbeat=served.reports.heartbeat,
+        history=history,
+        watches=served.following.watches,
+        options=_chosen(settings),
+        examine=lambda state: examine(with_state(collect(), state)),
+        conntrack=lambda: found[:2] if (found := conntrack()) else None,
+        version=__version__,
+        owns_tables=owns_tables,
+        started=time.time(),
+    )
+    return ApiServer(
+        Api(sources),
+        logger,
+        failed,
+        UnixAddress(settings.api_socket) if settings.api_socket else None,
+        TcpAddress(*bind) if bind else None,
+    )
+
+
+def _chosen(settings: Settings) -> dict[str, str]:
+    """The options that are not at their defaults."""
+    usual = Settings()
+    return {
+        name: str(value)
+        for name in Settings.__struct_fields__
+        if (value := getattr(settings, name)) != getattr(usual, name)
+    }
 
 
 def _set_oom_score(score: int, logger: FilteringBoundLogger) -> None:

@@ -72,6 +72,12 @@ class Rivals:
         """The Service that has the key."""
         return self._order[0].name
 
+    def snapshot(self) -> Rivals:
+        """These rivals as they are now."""
+        twin = Rivals()
+        twin._ranks, twin._order = self._ranks.copy(), self._order.copy()
+        return twin
+
     def put(self, new: Rank) -> None:
         """Adds a Service, or moves it to its new place."""
         if self._ranks.get(new.name) != new:
@@ -94,6 +100,14 @@ class Claims:
         """The claims of one Service alone: nearly all."""
         self._contested: dict[Claim, Rivals] = {}
         self._node_port_addresses: frozenset[Address] = frozenset()
+
+    def snapshot(self, programs: Mapping[Name, Program]) -> Claims:
+        """These claims as they are now, of a copy of the programs."""
+        twin = Claims(programs)
+        twin._only = self._only.copy()
+        twin._contested = {claim: rivals.snapshot() for claim, rivals in self._contested.items()}
+        twin._node_port_addresses = self._node_port_addresses
+        return twin
 
     def holder(self, claim: Claim) -> Name | None:
         """The Service that has the key, None if it is no Service's or a node port's."""

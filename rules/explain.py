@@ -190,11 +190,11 @@ def parse_destination(text: str) -> Destination:
     """
     found = _TARGET.fullmatch(text.strip())
     if not found:
-        raise QuestionError(f"{text!r} is no address and port; {_HOW}")
+        raise QuestionError(f"{text!r} is not a valid ADDRESS:PORT; {_HOW}")
     address = _parse_address(found["six"] or found["four"] or "", _HOW)
     protocol = PROTOCOLS.get((found["protocol"] or "tcp").upper(), 0)
     if not protocol:
-        raise QuestionError(f"protocol {found['protocol']!r} is none of tcp, udp and sctp")
+        raise QuestionError(f"protocol {found['protocol']!r} is not one of tcp, udp and sctp")
     if not 1 <= int(found["port"]) <= 65535:
         raise QuestionError(f"{found['port']} is no port; ports are 1 to 65535")
     return Destination(address, protocol, int(found["port"]))

@@ -6,6 +6,7 @@ what is known of them: the node is still there and forwards packets (kube-proxy 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -42,6 +43,12 @@ class LocalNode:
         self.api_servers = options.api_servers
         self.changed = True
         """Whether something has changed since a State last looked; that is where this is reset."""
+
+    def snapshot(self) -> LocalNode:
+        """This node as it is now."""
+        twin = copy.copy(self)
+        twin.service_cidrs = self.service_cidrs.copy()
+        return twin
 
     def apply(self, event: NodeAddresses | ApiServers) -> None:
         """Takes in addresses."""

@@ -178,6 +178,13 @@ class Problems:
             len(opened[MAX_REPORTED:]) + len(closed[MAX_REPORTED:]),
         )
 
+    def snapshot(self) -> Problems:
+        """These problems as they are now."""
+        twin = Problems()
+        twin._kept, twin._unkept = self._kept.copy(), self._unkept.copy()
+        twin._counts = self._counts.copy()
+        return twin
+
     def open(self) -> tuple[Problem, ...]:
         """The open problems, at most MAX_KEPT, by code and object."""
         return tuple(self._kept[key] for key in sorted(self._kept))

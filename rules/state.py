@@ -17,6 +17,7 @@ what was read back, keeps the slots found there, and returns the difference.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
@@ -40,6 +41,7 @@ from rules.diff import (
 from rules.events import ApiServers, Delete, Event, NodeAddresses, Synced, Upsert
 from rules.frontends import FAMILY_OF_LENGTH
 from rules.health_check import HealthCheck, health_check
+from rules.history import ObjectChange
 from rules.language import Set, Table
 from rules.lookup import Destination, claim_met
 from rules.node import LocalNode
@@ -81,6 +83,8 @@ from rules.transaction import TableChange, TableContents, Transaction, table_cha
 
 _Used = TypeVar("_Used", bound=Hashable)
 _NOWHERE = Lists()
+MAX_CHANGES = 10_000
+"""So many changes are kept while the kernel takes none."""
 
 
 class KernelView(NamedTuple):
@@ -106,6 +110,10 @@ class State:
         self.lacking: Counter[tuple[int, str]] = Counter()
         self.element_counts: Mapping[Set, int] = {}
         """How many elements each set should have after the last `resync`."""
+        self.changes: list[ObjectChange] = []
+        """The changes of Services and EndpointSlices since the source was complete; the reader
+        clears it."""
+        self._synced = False
         self._slice_owner: dict[Name, Name] = {}
         self._dirty: set[Name] = set()
         self._review: set[Name] = set()  # Services that may have lost an address, or got one back
@@ -155,17 +163,19 @@ class State:
     def _upsert(self, new: Object) -> None:
         match new:
             case Service():
-                if self.services.get(new.name) == new:
+                known = self.services.get(new.name)
+                if known == new:
                     return
+                self._note_change(known, new)
                 self.services[new.name] = new
                 self._dirty.add(new.name)
             case EndpointSlice():
                 if new.service is None:  # it may have had the label until now
-                    self._drop_slice(new.name)
+                    self._note_change(self._drop_slice(new.name), None)
                     return
                 if new in self.slices.get(new.service, ()):
                     return
-                self._drop_slice(new.name)
+                self._note_change(self._drop_slice(new.name), new)
                 siblings = (*self.slices.get(new.service, ()), new)
                 if len(siblings) > 1:
                     siblings = tuple(sorted(siblings, key=lambda s: s.name))
@@ -181,10 +191,11 @@ class State:
 
     def _delete(self, kind: type[Object], name: Name | str) -> None:
         if kind is Service and isinstance(name, Name):
-            if self.services.pop(name, None):
+            if gone := self.services.pop(name, None):
+                self._note_change(gone, None)
                 self._dirty.add(name)
         elif kind is EndpointSlice and isinstance(name, Name):
-            self._drop_slice(name)
+            self._note_change(self._drop_slice(name), None)
             return
         elif kind is Node and isinstance(name, str):
             if not self.local.delete(name):
@@ -194,21 +205,47 @@ class State:
         subject = Subject(kind.__name__, str(name), str(name) if kind is Service else "")
         self.problems.gone(UNUSABLE_VALUE, subject)
 
-    def _drop_slice(self, name: Name) -> None:
+    def _note_change(
+        self, before: Service | EndpointSlice | None, after: Service | EndpointSlice | None
+    ) -> None:
+        """Keeps a change for the history, unless it is part of the first complete lists."""
+        if self._synced and (before or after) and len(self.changes) < MAX_CHANGES:
+            self.changes.append(ObjectChange(before, after))
+
+    def _drop_slice(self, name: Name) -> EndpointSlice | None:
+        """Forgets a slice; returns what was known of it."""
         owner = self._slice_owner.pop(name, None)
         if owner is None:
-            return
+            return None
         self._dirty.add(owner)
         self.problems.gone(UNUSABLE_VALUE, Subject("EndpointSlice", str(name), str(owner)))
-        siblings = tuple(s for s in self.slices[owner] if s.name != name)
+        gone = next(s for s in self.slices[owner] if s.name == name)
+        siblings = tuple(s for s in self.slices[owner] if s is not gone)
         if siblings:
             self.slices[owner] = siblings
         else:
             del self.slices[owner]
+        return gone
 
     def slices_of(self, service: Name) -> list[EndpointSlice]:
         """The slices of a Service that are ours to proxy, ordered by name."""
         return [s for s in self.slices.get(service, ()) if slice_is_ours(s)]
+
+    def snapshot(self) -> State:
+        """This state as it is now, for readers in other threads; it must not be changed.
+
+        Shallow: all values are immutable. The cost is that of copying references, below a
+        millisecond for 5,000 Services of 50 endpoints.
+        """
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (dict, set)):
+                setattr(twin, name, value.copy())
+        twin.changes = []
+        twin.local = self.local.snapshot()
+        twin.claims = self.claims.snapshot(twin.programs)
+        twin.problems = self.problems.snapshot()
+        return twin
 
     # one transaction
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
-import msgspec
 from pyroute2 import IPRoute
 
-from agent.cli.flags import fail, output_flag, required_from_flag, settings, settings_flags
+from agent.cli.flags import fail, required_from_flag, settings, settings_flags
+from agent.cli.output import output_flag, put
 from agent.cli.state import from_manifests
 from agent.kernel import addresses
 from agent.kernel.errors import KernelError
@@ -36,9 +36,5 @@ def command(paths: tuple[str, ...], output: str, **flags: Any) -> None:
     except KernelError as error:
         fail(error)
     lines = list(commands(transaction))
-    if output == "json":
-        click.echo(msgspec.json.encode({"commands": lines}).decode())
-    else:
-        for line in lines:
-            click.echo(line)
+    put({"commands": lines}, output, lambda console: console.print("\n".join(lines), markup=False))
     raise SystemExit(1 if transaction else 0)

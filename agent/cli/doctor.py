@@ -6,18 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import click
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent.cli.flags import from_flag, output_flag, settings, settings_flags
+from agent.cli.flags import from_flag, settings, settings_flags
+from agent.cli.output import output_flag, put
 from agent.cli.state import from_manifests
-from agent.kernel.facts import collect
-from rules.doctor import FAILED, OK, UNKNOWN, WARNING, Check, Facts, examine, worst
-from rules.objects import address_text
-from rules.options import DetectLocalMode
-from rules.state import State
+from agent.kernel.facts import collect, with_state
+from rules.doctor import FAILED, OK, UNKNOWN, WARNING, Check, examine, worst
 
 _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red", UNKNOWN: "dim"}
 
@@ -36,37 +33,8 @@ def command(paths: tuple[str, ...], output: str, **flags: Any) -> None:
     if paths:
         facts = with_state(facts, from_manifests(paths, settings(flags)[0]))
     checks = examine(facts)
-    if output == "json":
-        click.echo(msgspec.json.encode(checks).decode())
-    else:
-        show(checks, Console())
+    put(checks, output, lambda console: show(checks, console), (c.id for c in checks))
     raise SystemExit(1 if worst(checks) in (WARNING, FAILED) else 0)
-
-
-def with_state(facts: Facts, state: State) -> Facts:
-    """The facts, with what the objects say about this node."""
-    node = state.options.node
-    return msgspec.structs.replace(
-        facts,
-        node_known=state.node is not None,
-        pod_cidrs=state.node.pod_cidrs if state.node else (),
-        needs_pod_cidrs=state.options.detect_local is DetectLocalMode.NODE_CIDR,
-        endpoints_here=tuple(
-            dict.fromkeys(
-                address_text(endpoint.address)
-                for pieces in state.slices.values()
-                for piece in pieces
-                for endpoint in piece.endpoints
-                if endpoint.node == node
-            )
-        ),
-        cluster_dns=tuple(
-            address_text(address)
-            for name, service in state.services.items()
-            if name == ("kube-system", "kube-dns")
-            for address in service.cluster_ips
-        ),
-    )
 
 
 def show(checks: Iterable[Check], console: Console) -> None:
@@ -82,4 +50,4 @@ def show(checks: Iterable[Check], console: Console) -> None:
         )
         if check.remedy:
             grid.add_row("", f"[bold]{escape(check.remedy)}[/bold]")
-    console.print(grid, highlight=False, soft_wrap=not console.is_terminal)
+    console.print(grid)

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import click
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agent.cli.flags import fail, output_flag, required_from_flag, settings, settings_flags
+from agent.cli.client import Client, socket_flag
+from agent.cli.flags import fail, from_flag, settings, settings_flags
+from agent.cli.output import output_flag, put, service_name
 from agent.cli.state import from_manifests
 from rules.endpoint_report import EndpointTable, PortTable, QuestionError, Row, Use, endpoints
 
 
 @click.command("endpoints")
-@click.argument("service", metavar="NAMESPACE/NAME[:PORT]")
-@required_from_flag
+@click.argument("service", metavar="[NAMESPACE/]NAME[:PORT]")
+@click.option("-n", "--namespace", metavar="NAME", help="The namespace of NAME. [default: default]")
+@from_flag
+@socket_flag
 @settings_flags("data plane")
 @output_flag
-def command(service: str, paths: tuple[str, ...], output: str, **flags: Any) -> None:
-    """Show the endpoints of a Service, and which of them this node uses, and why."""
-    try:
-        table = endpoints(from_manifests(paths, settings(flags)[0]), service)
-    except QuestionError as error:
-        fail(error)
-    if output == "json":
-        click.echo(msgspec.json.encode(table).decode())
+def command(
+    service: str,
+    namespace: str | None,
+    paths: tuple[str, ...],
+    socket_path: str,
+    output: str,
+    **flags: Any,
+) -> None:
+    """Show the endpoints of a Service, and which of them this node uses, and why.
+
+    Asks the agent on this node, or with --from reads manifests.
+    """
+    question = service_name(service, namespace or "")
+    if paths:
+        try:
+            table = endpoints(from_manifests(paths, settings(flags)[0]), question)
+        except QuestionError as error:
+            fail(error)
     else:
-        show(table, Console())
+        name, _, port = question.partition(":")
+        path = f"/v1/services/{quote(name)}"
+        table = Client(socket_path).get(path, EndpointTable, {"port": port})
+    rows = (f"{row.address}:{row.port}" for port in table.ports for row in port.rows)
+    put(table, output, lambda console: show(table, console), rows)
 
 
 def show(table: EndpointTable, console: Console) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import click
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from agent.cli.flags import fail, output_flag, required_from_flag, settings, settings_flags
+from agent.cli.client import Client, socket_flag
+from agent.cli.flags import fail, from_flag, settings, settings_flags
+from agent.cli.output import output_flag, put, service_name
 from agent.cli.state import from_manifests
 from agent.kernel.errors import KernelError
 from agent.kernel.tables import Kernel
-from rules.endpoint_report import QuestionError
+from rules.endpoint_report import QuestionError, endpoints
 from rules.explain import (
     Asked,
     EndpointList,
@@ -26,7 +29,10 @@ from rules.explain import (
     explain,
     with_article,
 )
+from rules.frontends import Kind
 from rules.language import Set
+from rules.objects import Name
+from rules.service_report import ServiceLine, service_lines
 from rules.state import State
 from rules.tables import SETS
 from rules.text import Key, Value
@@ -34,31 +40,101 @@ from rules.trace import Effect, End, Masquerade
 
 
 @click.command("explain")
-@click.argument("target", metavar="ADDRESS:PORT[/udp|/sctp]")
-@required_from_flag
+@click.argument("target", metavar="ADDRESS:PORT[/udp|/sctp]|[NAMESPACE/]NAME")
+@click.option("-n", "--namespace", metavar="NAME", help="The namespace of NAME. [default: default]")
+@from_flag
+@socket_flag
 @settings_flags("data plane")
 @click.option("--from-address", metavar="IP", help="Only for a client with this address.")
 @output_flag
 def command(
     target: str,
+    *,
+    namespace: str | None,
     paths: tuple[str, ...],
+    socket_path: str,
     from_address: str | None,
     output: str,
     **flags: Any,
 ) -> None:
     """Explain the path of a packet: which Service, which endpoints, which source they see.
 
-    On a node that has sliceproxy's tables the answer is from the kernel's own elements.
+    A Service's name stands for all its addresses, but for node ports. Asks the agent on this node,
+    or with --from reads manifests; on a node that has sliceproxy's tables the answer is then from
+    the kernel's own elements. Exit code 0 if every client is sent to an endpoint, 1 if one is
+    refused or dropped or no Service has the address.
     """
-    state = from_manifests(paths, settings(flags)[0])
+    if paths:
+        found = _from_state(
+            from_manifests(paths, settings(flags)[0]), target, namespace, from_address
+        )
+    else:
+        found = _from_agent(Client(socket_path), target, namespace, from_address)
+    record = found[0] if len(found) == 1 else found
+    put(record, output, lambda console: _show_all(found, console), (e.target for e in found))
+    raise SystemExit(0 if all(map(_is_served, found)) else 1)
+
+
+_BAD_ENDS = (End.REFUSED.value, End.DROPPED.value)
+
+
+def _is_served(explanation: Explanation) -> bool:
+    """Whether a Service has the address and sends every client to an endpoint."""
+    outcomes = {outcome for asked in explanation.asked for outcome in asked.outcomes}
+    return explanation.answering is not None and not outcomes & {*_BAD_ENDS}
+
+
+def _is_address(target: str) -> bool:
+    """Whether this is meant as an address, not as a Service's name."""
+    return bool(re.match(r"\[|[^/]*:\d", target)) or target[:1] == "["
+
+
+def _from_state(
+    state: State, target: str, namespace: str | None, client: str | None
+) -> list[Explanation]:
+    elements = _elements_here(state)
     try:
-        explanation = explain(state, target, from_address, _elements_here(state))
+        if _is_address(target):
+            return [explain(state, target, client, elements)]
+        text = service_name(target, namespace or "")
+        name = Name(*text.split("/", 1))
+        if name not in state.services:
+            endpoints(state, text)  # raises the error that names what was perhaps meant
+        addresses = _addresses(service_lines(state, name))
+        return [explain(state, address, client, elements) for address in addresses]
     except QuestionError as error:
         fail(error)
-    if output == "json":
-        click.echo(msgspec.json.encode(explanation).decode())
-    else:
-        show(explanation, Console())
+
+
+def _from_agent(
+    client: Client, target: str, namespace: str | None, from_address: str | None
+) -> list[Explanation]:
+    addresses = [target]
+    if not _is_address(target):
+        name = service_name(target, namespace or "")
+        client.raw(f"/v1/services/{quote(name)}")  # an unknown name ends the command here
+        query = {"namespace": name.partition("/")[0]}
+        lines = client.get("/v1/services", list[ServiceLine], query)
+        addresses = _addresses(line for line in lines if f"{line.namespace}/{line.name}" == name)
+    return [
+        client.get("/v1/explain", Explanation, {"target": address, "from": from_address})
+        for address in addresses
+    ]
+
+
+def _addresses(lines: Iterable[ServiceLine]) -> list[str]:
+    """The addresses of these lines that can be asked about: all but node ports."""
+    frontends = (frontend for line in lines for frontend in line.frontends)
+    return [f.address for f in frontends if f.kind != Kind.NODE_PORT.value]
+
+
+def _show_all(found: Sequence[Explanation], console: Console) -> None:
+    if not found:
+        console.print("No addresses: the Service is not proxied, or has only node ports.")
+    for number, explanation in enumerate(found):
+        if number:
+            console.print()
+        show(explanation, console)
 
 
 def _elements_here(state: State) -> dict[Set, Mapping[Key, Value]] | None:
@@ -92,7 +168,7 @@ def show(explanation: Explanation, console: Console) -> None:
         for line in _outcome_lines(asked):
             console.print(f"  {line}", highlight=False)
         if asked.steps:
-            console.print(Padding(_steps_grid(asked.steps), (0, 0, 0, 4)))
+            console.print(Padding(_steps_grid(asked.steps), (0, 0, 0, 4), expand=False))
     console.print()
     source = "read from the kernel" if explanation.from_kernel else "as they should be"
     console.print(f"[dim]rules and elements: {source}[/dim]", highlight=False)

@@ -34,9 +34,6 @@ from_flag = click.option("--from", "paths", multiple=True, metavar="PATH", help=
 required_from_flag = click.option(
     "--from", "paths", multiple=True, required=True, metavar="PATH", help=_FROM_HELP
 )
-output_flag = click.option(
-    "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
 
 
 def fail(message: object) -> NoReturn:

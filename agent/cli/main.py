@@ -4,7 +4,9 @@ A command's module is imported when the command runs, so that the agent does not
 others need. Exit codes of all commands:
 
 - 0: success; `diff` found no difference
-- 1: `diff` found differences; `doctor` found a warning or a failure
+- 1: `diff` found differences; `doctor` a warning or a failure; `status` is not ready or has an open
+  problem; `explain` that a client is refused or dropped, or that no Service has the address
+- 3: no agent answers on this node
 - 2: the command could not do its work, or not all of it; one line on standard error says why
 """
 
@@ -17,7 +19,11 @@ import click
 from agent import __version__
 from agent.imports import lightly
 
-COMMANDS = ("run", "init", "cleanup", "render", "diff", "endpoints", "explain", "doctor", "demo")
+COMMANDS = (
+    *("run", "init", "cleanup"),
+    *("status", "services", "endpoints", "explain", "history", "doctor"),
+    *("render", "diff", "demo"),
+)
 
 
 class _Commands(click.Group):
@@ -43,7 +49,8 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 1 `diff` or `doctor` found something, 2 failure.",
+    epilog="Exit codes: 0 success, 1 something was found (see each command), 2 failure, 3 no agent"
+    " answers.",
 )
 @click.version_option(__version__)
 def main() -> None:

@@ -58,6 +58,16 @@ def binds(port: int) -> Check:
     return lambda text: text and parse_bind(text, port)
 
 
+def loopback(port: int) -> Check:
+    """Accepts a loopback address to listen at, whose default port is `port`, and ""."""
+
+    def check(text: str) -> None:
+        if text and not ipaddress.ip_address(parse_bind(text, port).host).is_loopback:
+            raise ValueError(f"{text!r} is not a loopback address; write it like 127.0.0.1:{port}")
+
+    return check
+
+
 def address(text: str) -> None:
     """Accepts an IP address, and ""."""
     if not text:

@@ -25,7 +25,7 @@ from agent.config.durations import Duration
 from agent.kernel.sysctl import ConntrackSettings
 from rules.options import DetectLocalMode, Options
 
-HEALTHZ_PORT, METRICS_PORT = 10256, 10249
+HEALTHZ_PORT, METRICS_PORT, API_PORT = 10256, 10249, 10255
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 Group = Literal["data plane", "tables", "agent", "conntrack"]
@@ -57,6 +57,7 @@ def _camel(name: str) -> str:
 _Bit = Annotated[int, msgspec.Meta(ge=0, le=31)]
 _Score = Annotated[int, msgspec.Meta(ge=-1000, le=1000)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_Entries = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 
 class Settings(
@@ -196,6 +197,32 @@ class Settings(
             check=checks.binds(METRICS_PORT),
         ),
     ] = None
+    api_socket: Annotated[
+        str,
+        Option(
+            "agent",
+            "The path of a unix socket at which the read-only API is served, which the other"
+            " commands ask; empty for none.",
+            metavar="PATH",
+        ),
+    ] = ""
+    api_bind_address: Annotated[
+        str,
+        Option(
+            "agent",
+            "A loopback address at which the read-only API and the status page are served; empty"
+            " for none.",
+            metavar="IP:PORT",
+            check=checks.loopback(API_PORT),
+        ),
+    ] = ""
+    history_size: Annotated[
+        _Entries,
+        Option(
+            "agent",
+            "How many changes the history keeps; one takes about half a kilobyte.",
+        ),
+    ] = 2000
     bind_address_hard_fail: Annotated[
         bool,
         Option(
@@ -288,6 +315,10 @@ class Settings(
         """Where /metrics is served; by default only this machine can read it. Raises ValueError."""
         loopback = "::1" if self._prefers_ipv6 else "127.0.0.1"
         return _bind(self.metrics_bind_address, loopback, METRICS_PORT)
+
+    def api(self) -> Bind | None:
+        """Where the API is served on TCP, if at all. Raises ValueError."""
+        return _bind(self.api_bind_address, "127.0.0.1", API_PORT)
 
     @property
     def _prefers_ipv6(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 from pyroute2.iproute.linux import IPRoute
 
 from agent.kernel import kube_proxy
@@ -40,6 +41,8 @@ from rules.netlink.nftables import (
     NFTA_VERDICT_CODE,
 )
 from rules.objects import address_text
+from rules.options import DetectLocalMode
+from rules.state import State
 from rules.tables import TABLE
 
 _SYS = Path("/proc/sys/net")
@@ -71,10 +74,36 @@ def collect() -> Facts:
         forwarding=dict(_forwarding()),
         interfaces=tuple(_interfaces()),
         bridge_netfilter=_flag(_SYS / "bridge/bridge-nf-call-iptables"),
-        conntrack=_conntrack(),
+        conntrack=conntrack(),
         base_chains=chains,
         kube_proxy=leftovers,
         local_addresses=addresses,
+    )
+
+
+def with_state(facts: Facts, state: State) -> Facts:
+    """The facts, with what the objects say about this node."""
+    node = state.options.node
+    return msgspec.structs.replace(
+        facts,
+        node_known=state.local.exists,
+        pod_cidrs=state.node.pod_cidrs if state.node else (),
+        needs_pod_cidrs=state.options.detect_local is DetectLocalMode.NODE_CIDR,
+        endpoints_here=tuple(
+            dict.fromkeys(
+                address_text(endpoint.address)
+                for pieces in state.slices.values()
+                for piece in pieces
+                for endpoint in piece.endpoints
+                if endpoint.node == node
+            )
+        ),
+        cluster_dns=tuple(
+            address_text(address)
+            for name, service in state.services.items()
+            if name == ("kube-system", "kube-dns")
+            for address in service.cluster_ips
+        ),
     )
 
 
@@ -123,7 +152,7 @@ def _default_route_interfaces() -> set[str]:
     return found
 
 
-def _conntrack() -> tuple[int, int, int] | None:
+def conntrack() -> tuple[int, int, int] | None:
     """Entries, maximum, failed insertions of all CPUs (column insert_failed, hexadecimal)."""
     used = _number(_SYS / "netfilter/nf_conntrack_count")
     most = _number(_SYS / "netfilter/nf_conntrack_max")

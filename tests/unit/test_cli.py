@@ -22,6 +22,9 @@ GROUPS = {
     "endpoints": {"data plane"},
     "explain": {"data plane"},
     "doctor": {"data plane"},
+    "services": {"data plane"},
+    "status": set(),
+    "history": set(),
     "cleanup": set(),
     "demo": set(),
 }

@@ -29,7 +29,8 @@ OBJECTS = read([str(EXAMPLES)]).objects
 
 def sliceproxy(*arguments: str) -> Result:
     result = CliRunner().invoke(main, [*arguments, "--from", str(EXAMPLES), *NODE])
-    assert not result.exception, (result.output, result.exception)
+    # 1: a client is refused or dropped
+    assert result.exit_code in (0, 1), (result.output, result.exception)
     assert not result.stderr
     return result
 

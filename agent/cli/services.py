@@ -1,0 +1,84 @@
+"""`sliceproxy services`: one line for each Service port: what this node does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agent.cli.client import Client, socket_flag
+from agent.cli.flags import from_flag, settings, settings_flags
+from agent.cli.output import output_flag, put
+from agent.cli.state import from_manifests
+from rules.service_report import NOT_PROXIED, SERVED, ServiceLine, services
+
+_COLOURS = {SERVED: "green", NOT_PROXIED: "dim"}
+
+
+@click.command("services")
+@click.option("-n", "--namespace", metavar="NAME", help="Only this namespace. [default: all]")
+@click.option("-A", "--all-namespaces", is_flag=True, help="All namespaces, which is the default.")
+@from_flag
+@socket_flag
+@settings_flags("data plane")
+@output_flag
+def command(
+    namespace: str | None,
+    all_namespaces: bool,
+    paths: tuple[str, ...],
+    socket_path: str,
+    output: str,
+    **flags: Any,
+) -> None:
+    """Show every Service port: addresses, endpoints used of all, and what a client meets.
+
+    Asks the agent on this node, or with --from reads manifests.
+    """
+    chosen = "" if all_namespaces else namespace or ""
+    if paths:
+        lines = services(from_manifests(paths, settings(flags)[0]), chosen)
+    else:
+        query = {"namespace": chosen}
+        lines = Client(socket_path).get("/v1/services", list[ServiceLine], query)
+    names = dict.fromkeys(f"service/{line.namespace}/{line.name}" for line in lines)
+    put(lines, output, lambda console: show(lines, console, wide=output == "wide"), names)
+
+
+def show(lines: Sequence[ServiceLine], console: Console, *, wide: bool = False) -> None:
+    """Prints the lines as a table; `wide` adds policies, affinity and counters."""
+    if not lines:
+        console.print("No Services.")
+        return
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    columns = ("NAMESPACE", "NAME", "PORT", "FAMILY", "ADDRESSES", "ENDPOINTS", "STATE")
+    for column in (*columns, *(("POLICIES", "AFFINITY") if wide else ())):
+        grid.add_column(column, no_wrap=True)
+    for line in lines:
+        colour = _COLOURS.get(line.state, "red")
+        cells = [
+            escape(line.namespace),
+            escape(line.name),
+            f"{line.port}/{line.protocol}",
+            f"IPv{line.family}" if line.family else "",
+            escape(_addresses(line, wide=wide)),
+            f"{line.used}/{line.total}",
+            f"[{colour}]{line.state}[/{colour}]",
+        ]
+        if wide:
+            cells += [
+                f"{line.internal_policy}/{line.external_policy}",
+                f"{line.affinity_seconds} s" if line.affinity_seconds else "",
+            ]
+        grid.add_row(*cells)
+    console.print(grid)
+
+
+def _addresses(line: ServiceLine, *, wide: bool) -> str:
+    """The addresses without the port that the line has already."""
+    texts = [f.address + (f" (held by {f.holder})" if f.holder else "") for f in line.frontends]
+    shown = texts if wide else texts[:2]
+    return ", ".join(shown) + (f" +{len(texts) - len(shown)}" if len(texts) > len(shown) else "")

@@ -1,0 +1,336 @@
+"""The agent's read-only API: JSON over HTTP on a unix socket and, if asked for, a loopback address.
+
+Every answer is computed from a snapshot that the loop hands over between two transactions, in the
+thread of this server; nothing here walks the live state. docs/api.md documents the paths. They are
+versioned: within v1 fields may be added, and none is removed or changes its meaning.
+
+On TCP the Host header must name a loopback address or the bound one, so that no web page can read
+the answers by a DNS name of its own; there is no CORS. The unix socket has mode 0600.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote
+
+import msgspec
+import structlog
+
+from agent.serve.health import Heartbeat
+from agent.serve.http import (
+    HttpAnswer,
+    HttpRequest,
+    HttpServer,
+    Limits,
+    Listener,
+    TcpAddress,
+    UnixAddress,
+)
+from agent.worker import Failed
+from rules.doctor import Check
+from rules.endpoint_report import QuestionError, endpoints
+from rules.explain import explain
+from rules.history import History
+from rules.problems import Problem
+from rules.service_report import services
+from rules.state import State
+
+Log = structlog.typing.FilteringBoundLogger
+
+SNAPSHOT_SECONDS = 5.0
+"""How long an answer waits for the loop, which may be busy with a large change."""
+LIMITS = Limits(connections=32, listener_connections=16)
+METHODS = ("GET", "HEAD")
+
+_JSON = (
+    ("Content-Type", "application/json"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cache-Control", "no-store"),
+)
+_PAGE = (
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
+        "form-action 'none'",
+    ),
+)
+
+
+class ApiError(Exception):
+    """A request that cannot be answered; `status` is HTTP's, the text says what to do."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+# --- records ------------------------------------------------------------------------------------
+
+
+class WatchStatus(msgspec.Struct, frozen=True):
+    """How following one resource goes. Ages are seconds; None: not yet."""
+
+    resource: str
+    state: str
+    age_seconds: float | None
+    last_valid_seconds: float | None
+    objects: int
+    relists: int
+    errors: int
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """How many there are: Services, endpoints in their slices, frontends, elements in the maps."""
+
+    services: int
+    endpoints: int
+    frontends: int
+    elements: int
+
+
+class ProblemRecord(msgspec.Struct, frozen=True):
+    """An open problem. `since` is seconds since the epoch."""
+
+    code: str
+    object: str
+    text: str
+    since: float
+    count: int
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The answer at /v1/status.
+
+    `programmed` says whether this run has programmed everything it knows; `reason` why not.
+    `generation` changes with every snapshot, so that a reader can tell whether anything changed.
+    """
+
+    version: str
+    node: str
+    zone: str
+    started: str
+    programmed: bool
+    reason: str
+    ready: bool
+    owns_tables: bool
+    generation: int
+    watches: tuple[WatchStatus, ...]
+    counts: Counts
+    conntrack: tuple[int, int] | None
+    problems: tuple[ProblemRecord, ...]
+    options: dict[str, str]
+
+
+class Sources(NamedTuple):
+    """Where the answers come from.
+
+    `ask` hands over a function that is called with a snapshot, once the loop has one. `watches`
+    are the source's, `options` what the operator chose, `examine` the doctor's checks of this node
+    with a snapshot.
+    """
+
+    ask: Callable[[Callable[[State], None]], None]
+    heartbeat: Heartbeat
+    history: History
+    watches: Callable[[], Iterable[Any]]
+    options: Mapping[str, str]
+    examine: Callable[[State], list[Check]]
+    conntrack: Callable[[], tuple[int, int] | None]
+    version: str
+    owns_tables: bool
+    started: float
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+class Api:
+    """The paths and their answers. `answer` may be called from one thread."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._last: State | None = None
+        self._generation = 0
+
+    def answer(self, request: HttpRequest) -> HttpAnswer:
+        """The answer to a request, an error as JSON with a status of its own."""
+        try:
+            if request.path == "/":
+                return HttpAnswer(200, _PAGE, _page())
+            body = self._body(request.path, dict(parse_qsl(request.query)))
+        except ApiError as error:
+            return _json(error.status, {"error": str(error)})
+        except QuestionError as error:
+            return _json(400, {"error": str(error)})
+        return _json(200, body)
+
+    def _body(self, path: str, query: dict[str, str]) -> object:
+        parts = [unquote(part) for part in path.strip("/").split("/")]
+        match parts:
+            case ["v1", "status"]:
+                return self.status(**_only(query))
+            case ["v1", "services"]:
+                query = _only(query, "namespace")
+                return services(self._snapshot(), query.get("namespace", ""))
+            case ["v1", "services", namespace, name]:
+                query = _only(query, "port")
+                port = f":{query['port']}" if "port" in query else ""
+                return self._endpoints(f"{namespace}/{name}{port}")
+            case ["v1", "explain"]:
+                query = _only(query, "target", "from")
+                if "target" not in query:
+                    raise ApiError(400, "give ?target=ADDRESS:PORT[/udp|/sctp]")
+                return explain(self._snapshot(), query["target"], query.get("from"))
+            case ["v1", "history"]:
+                query = _only(query, "service", "since", "after", "limit")
+                return self._history(query)
+            case ["v1", "problems"]:
+                _only(query)
+                return _problems(self._snapshot().problems.open())
+            case ["v1", "doctor"]:
+                _only(query)
+                return self._sources.examine(self._snapshot())
+        raise ApiError(404, f"no such path: {path}; docs/api.md has them all")
+
+    def status(self) -> Status:
+        """See Status."""
+        sources, state = self._sources, self._snapshot()
+        health, now = sources.heartbeat.health(), time.monotonic()
+        around = state.surroundings().place
+        not_ready = health.not_ready
+        return Status(
+            version=sources.version,
+            node=around.node,
+            zone=around.zone,
+            started=_time(sources.started),
+            programmed=health.programmed_at is not None and health.healthy,
+            reason="; ".join(not_ready),
+            ready=not not_ready,
+            owns_tables=sources.owns_tables,
+            generation=self._generation,
+            watches=tuple(
+                WatchStatus(
+                    watch.resource,
+                    watch.state,
+                    round(now - watch.since, 1),
+                    None if watch.last_message is None else round(now - watch.last_message, 1),
+                    watch.objects,
+                    watch.relists,
+                    watch.errors,
+                )
+                for watch in sources.watches()
+            ),
+            counts=Counts(
+                len(state.services),
+                sum(len(s.endpoints) for pieces in state.slices.values() for s in pieces),
+                len(state.installed),
+                sum(state.element_counts.values()),
+            ),
+            conntrack=sources.conntrack(),
+            problems=tuple(_problems(state.problems.open())),
+            options=dict(sources.options),
+        )
+
+    def _endpoints(self, question: str) -> object:
+        try:
+            return endpoints(self._snapshot(), question)
+        except QuestionError as error:
+            raise ApiError(404, str(error)) from None
+
+    def _history(self, query: dict[str, str]) -> object:
+        try:
+            return self._sources.history.entries(
+                service=query.get("service", ""),
+                since=float(query.get("since", "0")),
+                after=int(query.get("after", "0")),
+                limit=max(1, int(query.get("limit", "2000"))),
+            )
+        except ValueError as error:
+            raise ApiError(400, f"since, after and limit are numbers: {error}") from None
+
+    def _snapshot(self) -> State:
+        """The state as it is now. Raises ApiError if the loop has no time for it."""
+        answers: queue.SimpleQueue[State] = queue.SimpleQueue()
+        self._sources.ask(answers.put)
+        try:
+            state = answers.get(timeout=SNAPSHOT_SECONDS)
+        except queue.Empty:
+            text = f"the agent is busy and did not answer in {SNAPSHOT_SECONDS:.0f} s; try again"
+            raise ApiError(503, text) from None
+        if state is not self._last:
+            self._last = state
+            self._generation += 1
+        return state
+
+
+def _only(query: dict[str, str], *known: str) -> dict[str, str]:
+    """The query, if it has no other parameters than these. Raises ApiError."""
+    for name in query:
+        if name not in known:
+            allowed = f"known are {', '.join(known)}" if known else "this path takes none"
+            raise ApiError(400, f"unknown parameter {name!r}; {allowed}")
+    return query
+
+
+def _problems(found: Iterable[Problem]) -> list[ProblemRecord]:
+    return [ProblemRecord(p.code, str(p.subject), p.text, p.since, p.count) for p in found]
+
+
+def _json(status: int, body: object) -> HttpAnswer:
+    return HttpAnswer(status, _JSON, msgspec.json.encode(body))
+
+
+def _page() -> bytes:
+    return (files("agent.serve") / "page.html").read_bytes()
+
+
+def _time(seconds: float) -> str:
+    """RFC 3339 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+# --- the server ---------------------------------------------------------------------------------
+
+
+class ApiServer:
+    """The API at a unix socket and a TCP address, each None for nowhere, in a thread of its own:
+    a large answer keeps no probe waiting."""
+
+    def __init__(
+        self,
+        api: Api,
+        log: Log,
+        failed: Failed,
+        socket: UnixAddress | None,
+        tcp: TcpAddress | None,
+    ) -> None:
+        self._server = HttpServer("api", log, failed, limits=LIMITS)
+        self._listeners = []
+        if socket:
+            self._listeners.append(Listener(socket, "API", api.answer, methods=METHODS))
+        if tcp:
+            hosts = ("localhost", "127.0.0.1", "::1", tcp.host.lower())
+            self._listeners.append(Listener(tcp, "API", api.answer, methods=METHODS, hosts=hosts))
+
+    def start(self) -> None:
+        """Starts to answer."""
+        for listener in self._listeners:
+            self._server.serve(listener)
+        self._server.start()
+
+    def stop(self) -> None:
+        """Closes the API."""
+        self._server.stop()
+
+    def settle(self) -> bool:
+        """Waits until the listeners have been tried. For tests."""
+        return self._server.settle()

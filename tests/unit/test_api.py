@@ -1,0 +1,210 @@
+"""The API answers from snapshots: paths, parameters, errors; over a real unix socket and port."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import msgspec
+import pytest
+import structlog
+
+from agent.cli.client import NO_AGENT, Client
+from agent.serve.api import Api, ApiServer, Sources, Status
+from agent.serve.health import Heartbeat
+from agent.serve.http import HttpRequest, TcpAddress, UnixAddress
+from rules.doctor import Check
+from rules.events import Synced, Upsert
+from rules.history import History
+from rules.objects import Object
+from rules.state import State
+from tests.manifest import endpoint, endpoint_slice, node, service
+from tests.unit.test_endpoints import stepped
+
+WEB = (service("web"), endpoint_slice("web", [endpoint("10.0.0.1")]))
+
+
+class Agent:
+    """A state, and the API that answers from it."""
+
+    def __init__(self, *objects: Object) -> None:
+        self.state = stepped(*objects)
+        self.snapshot: State | None = None
+        self.history = History(lambda _: None)
+        self.heartbeat = Heartbeat()
+        self.api = Api(
+            Sources(
+                ask=lambda answer: answer(self.take()),
+                heartbeat=self.heartbeat,
+                history=self.history,
+                watches=list,
+                options={"node": "node-1"},
+                examine=lambda _: [Check("kernel", "The kernel", "ok", "fine")],
+                conntrack=lambda: (7, 100),
+                version="1.2.3",
+                owns_tables=True,
+                started=1_800_000_000.0,
+            )
+        )
+
+    def take(self) -> State:
+        self.snapshot = self.snapshot or self.state.snapshot()
+        return self.snapshot
+
+    def change(self, *objects: Object) -> None:
+        self.state.apply([Upsert(o) for o in objects])
+        self.state.step()
+        self.snapshot = None
+
+    def get(self, path: str, **query: str) -> tuple[int, Any]:
+        request = HttpRequest("GET", path, urlencode(query), {}, 4)
+        answer = self.api.answer(request)
+        return answer.status, json.loads(answer.body)
+
+
+def test_the_status_says_what_is_not_programmed_and_counts() -> None:
+    agent = Agent(*WEB)
+    code, found = agent.get("/v1/status")
+    assert code == 200
+    status = msgspec.convert(found, Status)
+    assert (status.version, status.node, status.started) == (
+        *("1.2.3", "node-1", "2027-01-15T08:00:00Z"),
+    )
+    assert (status.programmed, status.ready) == (False, False)
+    assert status.reason
+    assert (status.counts.services, status.counts.endpoints) == (1, 1)
+    assert status.conntrack == (7, 100)
+    agent.heartbeat.synced()
+    agent.heartbeat.programmed()
+    assert agent.get("/v1/status")[1]["programmed"] is True
+
+
+def test_the_generation_changes_with_the_state_alone() -> None:
+    agent = Agent(*WEB)
+    first = agent.get("/v1/status")[1]["generation"]
+    assert agent.get("/v1/status")[1]["generation"] == first
+    agent.change(service("shop", cluster_ips=["10.96.0.20"]))
+    assert agent.get("/v1/status")[1]["generation"] == first + 1
+
+
+def test_services_endpoints_explain_and_doctor_are_the_reports() -> None:
+    agent = Agent(*WEB)
+    assert [line["family"] for line in agent.get("/v1/services")[1]] == [4, 6]
+    assert agent.get("/v1/services", namespace="other") == (200, [])
+    code, table = agent.get("/v1/services/default/web")
+    assert (code, table["ports"][0]["rows"][0]["address"]) == (200, "10.0.0.1")
+    assert agent.get("/v1/explain", target="10.96.0.10:80")[1]["answering"]["service"] == (
+        "default/web"
+    )
+    assert agent.get("/v1/doctor")[1][0]["id"] == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "code", "word"),
+    [
+        ("/v1/nothing", {}, 404, "no such path"),
+        ("/v1/services/default/nothing", {}, 404, "there is no Service"),
+        ("/v1/explain", {}, 400, "give ?target="),
+        ("/v1/explain", {"target": "nonsense"}, 400, "not a valid"),
+        ("/v1/services", {"namespaces": "a"}, 400, "unknown parameter 'namespaces'"),
+        ("/v1/history", {"since": "yesterday"}, 400, "numbers"),
+        ("/v1/status", {"x": "1"}, 400, "this path takes none"),
+    ],
+)
+def test_a_bad_request_says_what_is_wrong(
+    path: str, query: dict[str, str], code: int, word: str
+) -> None:
+    found, body = Agent(*WEB).get(path, **query)
+    assert (found, list(body)) == (code, ["error"])
+    assert word in body["error"]
+
+
+def test_a_snapshot_does_not_change_with_the_state() -> None:
+    state = State(stepped().options)
+    state.apply([Upsert(o) for o in (node(), *WEB)])
+    state.apply([Synced()])
+    state.step()
+    snapshot = state.snapshot()
+    before = snapshot.elements()
+    state.apply([Upsert(endpoint_slice("web", [endpoint("10.0.0.2"), endpoint("10.0.0.3")]))])
+    state.apply([Upsert(service("shop", cluster_ips=["10.96.0.10"]))])
+    state.step()
+    assert snapshot.elements() == before
+    assert list(snapshot.services) == [WEB[0].name]
+    assert snapshot.problems.open() == ()
+    assert [len(state.changes), len(snapshot.changes)] == [2, 0]
+
+
+# --- over real sockets --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = tmp_path / "api.sock"
+    server = ApiServer(
+        Agent(*WEB).api,
+        structlog.get_logger(),
+        lambda name, error: pytest.fail(f"{name}: {error}"),
+        UnixAddress(str(path)),
+        TcpAddress("127.0.0.1", port),
+    )
+    server.start()
+    assert server.settle()
+    yield path, port
+    server.stop()
+
+
+def ask(port: int, path: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request(method, path, headers=headers)
+    return connection.getresponse()
+
+
+def test_the_client_asks_over_the_unix_socket_which_is_roots_alone(
+    served: tuple[Path, int],
+) -> None:
+    path, _ = served
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert Client(str(path)).get("/v1/status", Status).node == "node-1"
+
+
+def test_the_client_says_that_no_agent_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Client(str(tmp_path / "none.sock")).get("/v1/status", Status)
+    assert ended.value.code == NO_AGENT
+    assert "no agent answers there" in capsys.readouterr().err
+
+
+def test_a_foreign_host_header_is_refused_and_so_is_any_method_but_get(
+    served: tuple[Path, int],
+) -> None:
+    _, port = served
+    assert ask(port, "/v1/status").status == 200
+    assert ask(port, "/v1/status", Host=f"localhost:{port}").status == 200
+    assert ask(port, "/v1/status", Host="evil.example:80").status == 421
+    assert ask(port, "/v1/status", method="POST").status == 405
+
+
+def test_the_page_is_one_file_that_may_load_nothing_from_elsewhere(
+    served: tuple[Path, int],
+) -> None:
+    answer = ask(served[1], "/")
+    assert answer.status == 200
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "connect-src 'self'" in policy
+    text = answer.read().decode()
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
