@@ -34,6 +34,8 @@ SKIPPED: dict[str, tuple[str, ...]] = {
     "rich.console": ("Console",),
     "rich.pretty": (),
     "rich.traceback": ("Traceback",),
+    # protobuf without its C library
+    "google.protobuf.internal.python_message": (),
     # urllib3 looks up the version of its HTTP/2 library when one is wanted
     "importlib.metadata": ("version",),
 }

@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pool, message_factory
-from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pb2 import Edition, FieldDescriptorProto, FileDescriptorProto
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -147,7 +147,13 @@ _MESSAGES: dict[str, tuple[_Field, ...]] = {
 
 def _message_classes() -> dict[str, Any]:
     """The class of each message, by its name."""
-    file = FileDescriptorProto(name="sliceproxy/kubernetes.proto", package=_PACKAGE)
+    file = FileDescriptorProto(
+        name="sliceproxy/kubernetes.proto",
+        package=_PACKAGE,
+        # as proto2, which Kubernetes uses, but for text that is not UTF-8: an error, not bytes
+        syntax="editions",
+        edition=Edition.EDITION_2023,
+    )
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
         for field in fields:
@@ -188,10 +194,7 @@ MESSAGES = _message_classes()
 
 
 def parse(name: str, data: bytes) -> Any:
-    """The message of this name in `MESSAGES`. Raises ValueError.
-
-    Text that is not UTF-8 raises a ValueError only where the field is read.
-    """
+    """The message of this name in `MESSAGES`. Raises ValueError."""
     try:
         return MESSAGES[name].FromString(data)
     except DecodeError as error:

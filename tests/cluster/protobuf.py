@@ -19,6 +19,8 @@ Encoder = Callable[[Any], bytes]
 Fields = dict[str, tuple[int, Encoder]]
 
 MAGIC = b"k8s\0"
+_DAMAGED = b"\xff"
+"""Neither a message nor text."""
 
 
 def varint(number: int) -> bytes:
@@ -35,12 +37,22 @@ def field(number: int, value: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
+def _bytes(text: str) -> bytes:
+    """UTF-8, with lone surrogates as the bytes that they stand for."""
+    return text.encode(errors="surrogateescape")
+
+
 def _text(number: int) -> tuple[int, Encoder]:
-    return number, lambda value: field(number, value.encode())
+    return number, lambda value: field(number, _bytes(value))
 
 
 def _texts(number: int) -> tuple[int, Encoder]:
-    return number, lambda values: b"".join(field(number, v.encode()) for v in values)
+    def encode(values: Any) -> bytes:
+        if not isinstance(values, list):
+            return field(number, _DAMAGED)
+        return b"".join(field(number, _bytes(v)) for v in values)
+
+    return number, encode
 
 
 def _int(number: int) -> tuple[int, Encoder]:
@@ -50,9 +62,7 @@ def _int(number: int) -> tuple[int, Encoder]:
 def _map(number: int) -> tuple[int, Encoder]:
     def encode(values: Mapping[str, str]) -> bytes:
         pairs = sorted(values.items())
-        return b"".join(
-            field(number, field(1, k.encode()) + field(2, v.encode())) for k, v in pairs
-        )
+        return b"".join(field(number, field(1, _bytes(k)) + field(2, _bytes(v))) for k, v in pairs)
 
     return number, encode
 
@@ -79,7 +89,7 @@ def message(document: Any, fields: Fields) -> bytes:
     In place of what is not a document: bytes that are no message.
     """
     if not isinstance(document, Mapping):
-        return b"\xff"
+        return _DAMAGED
     parts = []
     for name, (number, encode) in fields.items():
         value = document.get(name)

@@ -903,8 +903,12 @@ print(f"{len(kept)} events; client loaded in {loaded - began:.2f} s, {connected 
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_five_thousand_services(streaming: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("protobuf", [True, False])
+def test_five_thousand_services(
+    streaming: bool, protobuf: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     with ApiServer(streaming=streaming) as server:
+        server.protobuf = protobuf
         for n in range(5000):
             name, octets = f"web-{n}", f"{n >> 8}.{n & 255}"
             server.put(
@@ -921,7 +925,8 @@ def test_five_thousand_services(streaming: bool, capsys: pytest.CaptureFixture[s
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("10001 events")
     with capsys.disabled():
-        print(f"\n{'streamed' if streaming else 'paged'}: {done.stdout.strip()}")
+        way, encoding = "streamed" if streaming else "paged", "protobuf" if protobuf else "JSON"
+        print(f"\n{way}, {encoding}: {done.stdout.strip()}")
 
 
 def test_importing_is_cheap() -> None:

@@ -393,6 +393,121 @@ def test_a_body_that_is_no_watch() -> None:
     assert step.failure.kind == "refused"
 
 
+# --- doubt --------------------------------------------------------------------------------------
+
+
+def test_a_second_watch_without_a_message_leads_to_a_list_if_the_server_is_ahead() -> None:
+    client = following()
+    for _ in range(2):
+        client.ask(RequestType.WATCH)
+        outcome = client.answer(200)
+        client.ask(RequestType.PROBE)
+        client.answer(200, listed(130, service("a", 10)))
+    assert outcome.failure
+    assert outcome.failure.kind == "watch"
+    client.ask(RequestType.LIST)
+    client.answer(200, listed(130, service("a", 10), service("c", 120)))
+    assert names(client.news()) == ["+ns/c", "-ns/b"]
+
+
+def test_bookmarks_of_watches_that_end_at_once_are_not_trusted() -> None:
+    """The bookmark is ahead of an event that was never sent."""
+    client = following()
+    client.ask(RequestType.WATCH)
+    assert client.answer(200, bookmark(130)) == Outcome([])
+    client.ask(RequestType.WATCH)
+    assert client.answer(200, bookmark(130)).failure
+    client.ask(RequestType.PROBE)
+    client.answer(200, listed(130))
+    client.ask(RequestType.LIST)
+    client.answer(200, listed(130, service("a", 10), service("b", 20), service("c", 120)))
+    assert names(client.news()) == ["+ns/c"]
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>\n", bookmark(100)])
+def test_delays_between_fruitless_watches_grow(body: bytes) -> None:
+    client = following()
+    client.reflector._random = Highest()
+    delays = []
+    for _ in range(8):
+        client.ask(RequestType.WATCH)
+        delays.append(client.answer(200, body).delay)
+        if client.reflector._doubt:
+            client.ask(RequestType.PROBE)
+            client.answer(200, listed(100))
+    assert delays[1:] == [1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
+    assert client.reflector.failure
+    client.ask(RequestType.WATCH)
+    assert client.answer(200, line("ADDED", service("c", 150))) == Outcome([])
+    assert client.reflector.failure is None
+
+
+def test_a_silent_watch_leads_to_a_list_if_the_server_is_ahead() -> None:
+    client = following()
+    client.ask(RequestType.WATCH)
+    client.reflector.answered(200)
+    client.reflector.finished("no answer in time", 150.0)
+    valid = client.reflector.valid_answers
+    client.ask(RequestType.PROBE)
+    client.answer(200, listed(101))
+    assert client.reflector.valid_answers == valid
+    client.ask(RequestType.LIST)
+
+
+def test_a_watch_that_lasts_shows_that_watches_work() -> None:
+    client = following()
+    for _ in range(2):
+        client.ask(RequestType.WATCH)
+        client.answer(200, bookmark(100))
+    client.ask(RequestType.PROBE)
+    client.answer(200, listed(100))
+    assert client.reflector.failure
+    client.ask(RequestType.WATCH)
+    client.reflector.answered(200)
+    client.reflector.received(bookmark(100), 1.0)
+    assert client.reflector.failure
+    client.reflector.received(bookmark(100), 61.0)
+    assert client.reflector.failure is None
+
+
+def test_a_line_that_is_too_large_leads_to_pages_behind_it() -> None:
+    client = following()
+    client.streams = True
+    client.ask(RequestType.WATCH)
+    outcome = client.answer(200, b"x" * (MAX_EVENT_BYTES + 1))
+    assert client.reflector.failure
+    assert outcome.delay <= 0.8
+    client.ask(RequestType.LIST)
+    client.answer(200, listed(140, service("a", 10), service("b", 20)))
+    assert client.ask(RequestType.WATCH).query["resourceVersion"] == "140"
+
+
+def test_lists_that_fail_lead_back_to_streams() -> None:
+    client = Client(streams=True)
+    for _ in range(3):
+        client.ask(RequestType.STREAM)
+        client.answer(200, line("ADDED", service("a", 10)), broken="connection reset")
+        client.ask(RequestType.LIST)
+        client.answer(200, b"\x1f\x8b")
+
+
+def test_deep_nesting_costs_nothing() -> None:
+    deep = b'{"f:a":' * 1500 + b"1" + b"}" * 1500
+    item = msgspec.json.encode(service("c", 150)).replace(b'"name"', b'"x":' + deep + b',"name"')
+    event = b'{"type":"ADDED","object":' + item + b"}\n"
+    client = following()
+    client.ask(RequestType.WATCH)
+    client.answer(200, event + line("MODIFIED", service("b", 151)))
+    assert names(client.news()) == ["+ns/b", "+ns/c"]
+    client.ask(RequestType.WATCH)
+    client.answer(410, b"")
+    client.ask(RequestType.LIST)
+    page = listed(160, service("b", 151))
+    client.answer(200, page.replace(b'"items":[', b'"items":[' + item + b","))
+    assert names(client.news()) == ["-ns/a"]
+    assert not client.reflector.invalid
+
+
 # --- streams ------------------------------------------------------------------------------------
 
 

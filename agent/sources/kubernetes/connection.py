@@ -213,7 +213,8 @@ class _Overheard(logging.Handler):
         self.words: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.thread == self._thread:
+        ours = record.name == "root" or record.name.startswith("kubernetes")
+        if ours and record.thread == self._thread:
             self.words.append(record.getMessage())
 
 
