@@ -186,7 +186,7 @@ class _Following:
     def ages(self) -> Mapping[str, float]:
         """Seconds since the last valid answer, by resource."""
         now = time.monotonic()
-        return {w.resource: now - (w.last_message or self._started) for w in self.watches()}
+        return {w.resource: now - (w.last_valid or self._started) for w in self.watches()}
 
 
 class _Served(NamedTuple):

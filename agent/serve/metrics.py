@@ -95,7 +95,8 @@ MAX_PENDING = 10_000
 
 
 class Watch(Protocol):
-    """How following a resource goes: what is needed here of `agent.sources.kubernetes.Status`."""
+    """How following a resource goes: what is needed here of
+    `agent.sources.kubernetes.follower.WatchStatus`."""
 
     @property
     def resource(self) -> str:
@@ -108,6 +109,10 @@ class Watch(Protocol):
     @property
     def last_message(self) -> float | None:
         """When the server last sent anything, by time.monotonic."""
+
+    @property
+    def last_valid(self) -> float | None:
+        """When an answer last showed the current state, by time.monotonic."""
 
     @property
     def relists(self) -> int:

@@ -98,6 +98,7 @@ class Watched(NamedTuple):
     resource: str
     state: str
     last_message: float | None
+    last_valid: float | None = None
     relists: int = 2
     errors: int = 3
 
