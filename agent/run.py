@@ -132,7 +132,7 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             if ports:
                 ports.update(events)
 
-        source = _source(places, settings, put, logger, served, failed=failed, stack=stack)
+        source = _source(places, settings, put, logger, served, failed=failed)
         network = addresses.AddressFollower(loop.put, failed)
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         if ahead:
@@ -218,7 +218,6 @@ def _source(
     served: _Served,
     *,
     failed: Callable[[str, Exception], None],
-    stack: ExitStack,
 ) -> Source:
     if places:
         from agent.sources.manifests.follower import ManifestError, ManifestFollower
@@ -227,7 +226,6 @@ def _source(
             return ManifestFollower(places, put, logger, failed)
         except ManifestError as error:
             raise CannotRun(str(error)) from None
-    from agent.sources.kubernetes.api_servers import ApiServerAddresses
     from agent.sources.kubernetes.connection import ConnectError, connect
     from agent.sources.kubernetes.follower import ClusterFollower
 
@@ -247,9 +245,6 @@ def _source(
     )
     served.reports.recorder.watches_from(follower.status)
     served.following.watches = follower.status
-    resolver = ApiServerAddresses(lambda: connection.server, put, failed)
-    stack.callback(resolver.stop, 1.0)  # a name server that is silent must not delay the end
-    resolver.start()
     return follower
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
@@ -597,6 +598,37 @@ def test_where_the_api_server_is(run: Run) -> None:
     named = connect(server=f"https://localhost:{port}")
     assert (b"\x7f\0\0\1", port) in named.endpoints()
     assert connect(server="https://nowhere.invalid").endpoints() == frozenset()
+    plain = connect(server="https://[fd00::1]/prefix")
+    assert plain.endpoints() == {(socket.inet_pton(socket.AF_INET6, "fd00::1"), 443)}
+
+
+def test_where_the_api_server_is_comes_before_its_objects(server: ApiServer) -> None:
+    """Else an external IP equal to its address would be programmed until the name is resolved."""
+    order: list[list[Event]] = []
+    follower = ClusterFollower(
+        connect(server=server.url),
+        "node-1",
+        "",
+        order.append,
+        structlog.get_logger(),
+        failed=lambda *_: None,
+    )
+    follower.start()
+    server.wait_for(lambda: server.watching(*RESOURCES))
+    follower.stop()
+    assert isinstance(order[0][0], ApiServers)
+    assert sum(isinstance(e, ApiServers) for events in order for e in events) == 1
+
+
+def test_addresses_stay_where_a_name_is_not_resolved_any_more(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = connect(server=server.url)
+    known = connection.endpoints()
+    assert known
+    connection.server = "https://nowhere.invalid"
+    monkeypatch.setattr("agent.sources.kubernetes.connection.RELOAD_SECONDS", 0.0)
+    assert connection.endpoints() == known
 
 
 # --- who we are ---------------------------------------------------------------------------------

@@ -169,8 +169,8 @@ START = LIGHTLY + (
     "settings = merged(None, {}); log = agent.run.log.configure(); "
     "metrics = agent.run.Metrics(agent.run.__version__); "
     "served = agent.run._Served(agent.run.Reports(metrics), agent.run._Following()); "
-    "stack = agent.run.ExitStack(); put = lambda events: None; "
-    "agent.run._source((), settings, put, log, served, failed=print, stack=stack); stack.close(); "
+    "put = lambda events: None; "
+    "agent.run._source((), settings, put, log, served, failed=print); "
     "log.info('started'); print(*sys.modules)"
 )
 """What `run` does until it sends its first request, but for the kernel."""
