@@ -80,6 +80,8 @@ Message = Sequence[Event] | Stop | Disturbed | Failed | Clients | Ask
 
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 OWNER_POLL_SECONDS = 0.2
+MAX_EDGE_LINES = 10
+"""Of one transaction; more Services that gained or lost endpoints are counted in one line."""
 LOAD_SECONDS = 30.0
 """For so long after the start the garbage collector stays off: a load makes no garbage, but many
 objects, which the collector would walk again and again. Failed attempts to load make garbage."""
@@ -273,6 +275,8 @@ class Loop:
 
     def _report_problems(self) -> None:
         opened, closed, omitted = self.state.problems.collect(time.time())
+        if opened or closed:
+            self._recorder.problems_open(self.state.problems.counts())
         for problem in opened:
             self._log.warning(problem.code, **problem.fields, problem=problem.text)
         for problem in closed:
@@ -384,6 +388,7 @@ class Loop:
                 kernel_ms=round((done_at - sent_at) * 1e3, 2),
                 bytes=size,
             )
+        self._report_endpoint_edges(quiet=compared)
 
     def _look_for_stale_flows(
         self, formerly: Mapping[Claim, Serving], *, everything: bool = False
@@ -399,6 +404,21 @@ class Loop:
         if self._history:
             elements = transaction.change.operations if transaction else 0
             self._history.note(kind, time.time(), reason, elements)
+
+    def _report_endpoint_edges(self, *, quiet: bool) -> None:
+        """Logs the Services that began or ceased to have endpoints, unless that is all of them."""
+        edges = dict(self.state.endpoint_edges)
+        self.state.endpoint_edges.clear()
+        names = sorted(name for name in edges if name in self.state.services)
+        if quiet:
+            return
+        for name in names[:MAX_EDGE_LINES]:
+            self._log.info(
+                "first_endpoint_added" if edges[name] else "last_endpoint_removed",
+                service=str(name),
+            )
+        if len(names) > MAX_EDGE_LINES:
+            self._log.info("more_endpoint_changes", count=len(names) - MAX_EDGE_LINES)
 
     def _forget_clients(self, families: Iterable[int]) -> None:
         """Has the affinity map read, to delete from it the clients of endpoints that were

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from agent import __version__, log
@@ -39,6 +39,7 @@ from agent.serve.health import HealthServer, Heartbeat, WatchAges
 from agent.serve.http import TcpAddress, UnixAddress, raise_descriptor_limit
 from agent.serve.localhost_ports import LocalhostPorts
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
+from agent.worker import Worker
 from rules.doctor import examine
 from rules.events import Event
 from rules.health_check import HealthCheck
@@ -125,7 +126,9 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             expects_node=not places,
         )
         queued.append(loop.put)
-        _stop_on_signals(loop)
+        signals = StopSignals(lambda: loop.put(Stop()), failed)
+        stack.callback(signals.stop)
+        signals.start()
 
         def put(events: Sequence[Event]) -> None:
             loop.put(events)
@@ -202,12 +205,27 @@ def _use_earlier_tables(
     logger.info("earlier_tables_found", age="unknown; at least since this start")
 
 
-def _stop_on_signals(loop: Loop) -> None:
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        loop.put(Stop())
+class StopSignals(Worker):
+    """Calls `stop` at SIGTERM and SIGINT. Made in the main thread.
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    Python runs a signal's handler in the main thread, and that may sleep in a lock by then: what
+    arrives between its last look and the sleep waits for the next wake-up. The wakeup descriptor
+    is written by the C handler at once.
+    """
+
+    def __init__(self, stop: Callable[[], None], failed: Callable[[str, Exception], None]) -> None:
+        super().__init__("signals", failed)
+        self._call = stop
+        self._readable, self._writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _signal, _frame: None)
+
+    def work(self) -> None:
+        """Waits for the signals until `stop`."""
+        while self.wait_readable(self._readable):
+            os.read(self._readable, 64)
+            self._call()
 
 
 def _source(

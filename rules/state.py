@@ -107,6 +107,9 @@ class State:
         self.installed: dict[Claim, Installed] = {}
         self.problems = Problems()
         self.health_checks: dict[Name, HealthCheck] = {}
+        self.endpoint_edges: dict[Name, bool] = {}
+        """Services that gained their first endpoint (true) or lost their last one; the reader
+        clears it."""
         self.lacking: Counter[tuple[int, str]] = Counter()
         self.element_counts: Mapping[Set, int] = {}
         """How many elements each set should have after the last `resync`."""
@@ -473,6 +476,9 @@ class State:
         for sign, program_ in ((-1, old), (1, new)):
             for family, policy, _, _ in no_local_endpoints(program_):
                 self.lacking[family, policy] += sign
+        served, serves = (any(w.endpoints for w in p.wanted.values()) for p in (old, new))
+        if served != serves:
+            self.endpoint_edges[name] = serves
         if old.problems != new.problems:
             for code, text in {
                 **{code: "" for code, _ in old.problems},

@@ -33,6 +33,7 @@ from agent.worker import Failed, Worker
 from rules.objects import Address
 from rules.program import Claim
 from rules.stale_flows import Flow, Serving, is_stale
+from rules.tables import FAMILIES
 
 REST = 4
 """So many times the duration of a dump pass until the next one."""
@@ -156,9 +157,11 @@ class FlowCleaner(Worker):
             return
         self._failing = False
         seconds = time.perf_counter() - started
-        for family, flows in found.items():
-            self._log.info("stale_flows_deleted", family=family, flows=flows)
-            self._deleted(family, flows, seconds)
+        for family in FAMILIES:
+            flows = found.get(family, 0)
+            if flows:
+                self._log.info("stale_flows_deleted", family=family, flows=flows)
+            self._deleted(family, flows, seconds)  # kube-proxy counts every look, found or not
 
     def _is_stale(self, flow: Flow, look: Look) -> bool:
         if self.stopping:

@@ -222,7 +222,7 @@ class Api:
                     watch.resource,
                     watch.state,
                     round(now - watch.since, 1),
-                    None if watch.last_message is None else round(now - watch.last_message, 1),
+                    None if watch.last_valid is None else round(now - watch.last_valid, 1),
                     watch.objects,
                     watch.relists,
                     watch.errors,

@@ -48,6 +48,7 @@ from agent.worker import Failed
 from rules.events import Delete, Event, Upsert
 from rules.language import Set, Table
 from rules.objects import EndpointSlice, Name, Service
+from rules.problems import CODES
 from rules.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -107,6 +108,10 @@ class Watch(Protocol):
         """One of WATCH_STATES."""
 
     @property
+    def last_valid(self) -> float | None:
+        """When an answer last showed the current state, by time.monotonic."""
+
+    @property
     def last_message(self) -> float | None:
         """When the server last sent anything, by time.monotonic."""
 
@@ -157,6 +162,9 @@ class Recorder:
     def local_endpoints_missing(self, counts: Mapping[tuple[int, str], int]) -> None:
         """How many Service ports have policy Local, endpoints, but none here: by family and by
         traffic policy, "internal" or "external"."""
+
+    def problems_open(self, counts: Mapping[str, int]) -> None:
+        """How many problems are open, by their code (`rules.problems`)."""
 
     def flows_deleted(self, family: int, flows: int, seconds: float) -> None:
         """Connection tracking entries were deleted."""
@@ -375,6 +383,13 @@ class Metrics(Recorder):
             "sliceproxy_repairs_total",
             "How often tables were put right that somebody else had changed",
         )
+        self._problems = self._gauge(
+            "sliceproxy_problems",
+            "Open problems by code; the log and `sliceproxy status` name their objects",
+            "code",
+        )
+        for code in CODES:
+            self._problems.labels(code)
         self._start = self._gauge(
             "sliceproxy_start_seconds",
             "Time from the start of the process to the first complete programming",
@@ -387,7 +402,7 @@ class Metrics(Recorder):
             "kernel",
         ).labels(version, platform.python_version(), platform.release()).set(1)
 
-    # what the loop tells
+    # by the loop
 
     def received(self, events: Iterable[Event], at: float) -> None:
         """See Recorder."""
@@ -494,7 +509,12 @@ class Metrics(Recorder):
         for family, policy in itertools.product(IP_FAMILY, ("internal", "external")):
             self._no_local.labels(IP_FAMILY[family], policy).set(counts.get((family, policy), 0))
 
-    # what others tell
+    def problems_open(self, counts: Mapping[str, int]) -> None:
+        """See Recorder."""
+        for code, count in counts.items():
+            self._problems.labels(code).set(count)
+
+    # by other threads
 
     def flows_deleted(self, family: int, flows: int, seconds: float) -> None:
         """See Recorder."""
@@ -522,7 +542,7 @@ class Metrics(Recorder):
         if path in self._asked:  # kube-proxy has no /readyz, and no metric of it
             self._asked[path].labels(str(code)).inc()
 
-    # what is asked
+    # to scrapers
 
     def text(self) -> bytes:
         """Everything, in Prometheus's text format."""
@@ -585,6 +605,11 @@ def _watch_metrics(watches: Iterable[Watch], silent: Collection[str]) -> Iterato
         "Time since the API server last sent something for a resource",
         labels=["resource"],
     )
+    valid = GaugeMetricFamily(
+        "sliceproxy_watch_last_valid_age_seconds",
+        "Time since the API server last gave a valid answer for a resource",
+        labels=["resource"],
+    )
     silence = GaugeMetricFamily(
         "sliceproxy_watch_silent",
         "Whether a resource has had no valid answer for longer than the limit",
@@ -601,12 +626,14 @@ def _watch_metrics(watches: Iterable[Watch], silent: Collection[str]) -> Iterato
     for watch in watches:
         for state in WATCH_STATES:
             states.add_metric([watch.resource, state], state == watch.state)
+        if watch.last_valid is not None:
+            valid.add_metric([watch.resource], now - watch.last_valid)
         if watch.last_message is not None:
             ages.add_metric([watch.resource], now - watch.last_message)
         silence.add_metric([watch.resource], watch.resource in silent)
         relists.add_metric([watch.resource], watch.relists)
         errors.add_metric([watch.resource], watch.errors)
-    yield from (states, ages, silence, relists, errors)
+    yield from (states, ages, valid, silence, relists, errors)
 
 
 def _connection_metrics(found: Iterable[Connections]) -> Iterator[Metric]:

@@ -492,3 +492,35 @@ def test_slices_of_a_service_that_is_gone_are_harmless() -> None:
     node_.then([Delete(EndpointSlice, Name("default", "web-ipv4"))], Stop())
     node_.run([ADDRESSES, web(1)[1], Synced()])
     node_.check()
+
+
+def test_services_that_gain_or_lose_endpoints_are_named_in_a_bounded_number_of_lines() -> None:
+    """Not those of the start, and not a Service that is deleted."""
+
+    def services(count: int, *pods: str) -> list[Event]:
+        return [
+            event
+            for n in range(count)
+            for event in (
+                Upsert(service(f"s{n}", cluster_ips=[f"10.96.1.{n}"])),
+                Upsert(endpoint_slice(f"s{n}", [endpoint(p) for p in pods])),
+            )
+        ]
+
+    node_ = Node()
+    node_.then(
+        services(1),
+        services(1, "10.244.1.1"),
+        services(13),
+        [Delete(Service, Name("default", "web"))],
+        Stop(),
+    )
+    node_.run([*START[:-1], *services(13, "10.244.1.1"), Synced()])
+    lines = [(x["event"], x.get("service")) for x in node_.lines if "endpoint" in x["event"]]
+    assert lines[:2] == [
+        ("last_endpoint_removed", "default/s0"),
+        ("first_endpoint_added", "default/s0"),
+    ]
+    assert [event for event, _ in lines[2:]] == ["last_endpoint_removed"] * 10 + [
+        "more_endpoint_changes"
+    ]

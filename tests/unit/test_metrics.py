@@ -29,6 +29,7 @@ from agent.serve.metrics import (
 from rules.diff import Change
 from rules.events import Delete, NodeAddresses, Synced, Upsert
 from rules.objects import Endpoint, EndpointSlice, Name, Service, ServicePort, SlicePort
+from rules.problems import CODES
 from rules.program import Surroundings, no_local_endpoints, program
 from rules.selection import NodeLocation
 from rules.tables import SETS, Layout, build
@@ -103,7 +104,7 @@ class Watched(NamedTuple):
     errors: int = 3
 
 
-WATCHES = [Watched("services", "watching", 1.0), Watched("nodes", "backing off", None)]
+WATCHES = [Watched("services", "watching", 1.0, 0.5), Watched("nodes", "backing off", None)]
 
 
 @pytest.fixture
@@ -206,6 +207,8 @@ OURS: dict[str, tuple[str, set[str]]] = {
     "sliceproxy_event_to_kernel_seconds": ("histogram", set()),
     "sliceproxy_watch_state": ("gauge", {"resource", "state"}),
     "sliceproxy_watch_last_message_age_seconds": ("gauge", {"resource"}),
+    "sliceproxy_watch_last_valid_age_seconds": ("gauge", {"resource"}),
+    "sliceproxy_problems": ("gauge", {"code"}),
     "sliceproxy_watch_silent": ("gauge", {"resource"}),
     "sliceproxy_ready": ("gauge", set()),
     "sliceproxy_watch_relists": ("counter", {"resource"}),
@@ -227,6 +230,7 @@ def exercise(metrics: Recorder) -> None:
     metrics.flows_deleted(4, 2, 0.01)
     metrics.requested("GET", 200, "10.96.0.1:443", 0.2)
     metrics.requested("GET", "<error>", "10.96.0.1:443")
+    metrics.problems_open({CODES[0]: 2})
     metrics.probe_answered("/healthz", 200)
 
 

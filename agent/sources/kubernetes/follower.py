@@ -185,7 +185,8 @@ class ClusterFollower:
     complete list, and with what has arrived whenever a watch is read. `Synced` is put once, at the
     end of the list that completes Services, EndpointSlices and the Node (ServiceCIDRs too, unless
     the server has none or does not allow them). `failed` is called if a thread ends by an error.
-    `requested` is called for each answer: method, status (<error> for none), and server.
+    `requested` is called for each answer: method, status (<error> for none), server, and the
+    seconds until the answer's head arrived (None for none).
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class ClusterFollower:
         log: FilteringBoundLogger,
         *,
         failed: Failed,
-        requested: Callable[[str, int | str, str], None] = lambda *_: None,
+        requested: Callable[[str, int | str, str, float | None], None] = lambda *_: None,
         timing: Timing | None = None,
         rng: random.Random | None = None,
     ) -> None:
@@ -373,15 +374,17 @@ class _ResourceFollower(Worker):
         return outcome.delay
 
     def _exchange(self, request: ApiRequest) -> None:
+        began = time.monotonic()
         try:
             response = self._connection.get(request, self._timing.connect)
         except (urllib3.exceptions.HTTPError, OSError, ConnectError):
-            self._follower.requested("GET", "<error>", self._connection.server)
+            self._follower.requested("GET", "<error>", self._connection.server, None)
             raise
         with self._lock:
             self._response = response
         try:
-            self._follower.requested("GET", response.status, self._connection.server)
+            seconds = time.monotonic() - began
+            self._follower.requested("GET", response.status, self._connection.server, seconds)
             headers = response.headers
             self._reflector.answered(
                 response.status, headers.get("Retry-After", ""), headers.get("Content-Type", "")
