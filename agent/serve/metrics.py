@@ -108,10 +108,6 @@ class Watch(Protocol):
         """One of WATCH_STATES."""
 
     @property
-    def last_valid(self) -> float | None:
-        """When an answer last showed the current state, by time.monotonic."""
-
-    @property
     def last_message(self) -> float | None:
         """When the server last sent anything, by time.monotonic."""
 
