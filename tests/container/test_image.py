@@ -342,17 +342,37 @@ def test_cleanup_behind_kube_proxy(node: Node, place: Path) -> None:
         agent = run(node, place)
         agent.wait("programmed")
         code, said = agent.container.exec_run(["sliceproxy", "cleanup", "--kube-proxy"])
-        if b"No such option" in said:
-            pytest.skip("not wired yet: `cleanup` has no --kube-proxy")
         assert code == 0, said
         assert b"table ip kube-proxy" in said
-        assert any(
-            line.get("command") == "sliceproxy cleanup --kube-proxy" for line in agent.lines()
-        )
+        line = agent.wait("kube_proxy_found")
+        assert "sliceproxy cleanup --kube-proxy" in line["advice"]
         assert on_node(node.world, find) == []
         assert servers(node.world, "pod-3") == {"pod-1", "pod-2"}
     finally:
         on_node(node.world, remove)
+
+
+def test_cleanup_by_the_rollback_manifest(node: Node, place: Path) -> None:
+    """deploy/cleanup, as its DaemonSet runs it: refused while an agent owns the tables."""
+    text = (ROOT / "deploy/cleanup/daemonset.yaml").read_text()
+    pod = yaml.safe_load(text)["spec"]["template"]["spec"]
+    (cleanup,), (waiting,) = pod["initContainers"], pod["containers"]
+    agent = run(node, place)
+    agent.wait("programmed")
+    if agent.wait("started")["owns_tables"]:
+        code, said = node.once(*cleanup["args"])
+        assert code == 2, said
+        assert nft_elements(node.world)
+    assert agent.stop() == 0
+    code, said = node.once(*cleanup["args"])
+    assert (code, said) == (0, "tables removed\n")
+    assert not nft_elements(node.world)
+    context = waiting["securityContext"]
+    user = f"{context['runAsUser']}:{context['runAsGroup']}"
+    program, *arguments = waiting["command"]
+    idle = node.start(*arguments, entrypoint=[program], user=user, cap_add=[])
+    idle.container.reload()
+    assert idle.container.status == "running", idle.lines()
 
 
 # --- as the DaemonSet runs it -------------------------------------------------------------------
@@ -442,7 +462,10 @@ def test_as_the_daemonset_has_it(node: Node, tmp_path: Path, wired: str) -> None
         )
         agent.wait("programmed")
         assert servers(node.world, "pod-3") == {"pod-1", "pod-2"}
-        assert get(node.world, "client", "http://172.31.0.2:10256/livez")[0] == 200
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            path = container[probe]["httpGet"]["path"]
+            code, said = get(node.world, "client", f"http://172.31.0.2:10256{path}")
+            assert code == 200, (probe, said)
         warnings = [line for line in agent.lines() if line.get("level") in ("warning", "error")]
         assert not warnings
         assert agent.stop() == 0
