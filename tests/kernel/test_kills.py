@@ -100,6 +100,6 @@ def difference(world: World, place: Path, flags: tuple[str, ...]) -> str:
     done = world.popen(
         "node", [*command, *flags], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
-    out = done.communicate(timeout=PATIENCE)[0]
+    out = done.communicate(timeout=PATIENCE)[0].strip()
     assert done.returncode == bool(out)
     return str(out)
