@@ -34,6 +34,12 @@ SKIPPED: dict[str, tuple[str, ...]] = {
     "rich.console": ("Console",),
     "rich.pretty": (),
     "rich.traceback": ("Traceback",),
+    # a mock at a class of pyroute2, which is for sockets of other threads
+    "unittest": (),
+    "unittest.mock": ("Mock",),
+    # pyroute2 finds libc for its namespaces, and a program for its probes
+    "ctypes.util": ("find_library",),
+    "shutil": ("which", "rmtree", "copyfileobj"),
     # protobuf without its C library
     "google.protobuf.internal.python_message": (),
     # urllib3 looks up the version of its HTTP/2 library when one is wanted
@@ -43,6 +49,9 @@ SKIPPED: dict[str, tuple[str, ...]] = {
 
 REEXPORTED = {("kubernetes.client", "Configuration"): "kubernetes.client.configuration"}
 """Names of skipped packages that are used at once, and the module that defines them."""
+
+USED_LATER = {("unittest.mock", "Mock")}
+"""Names of SKIPPED that are called at once; what the call gives is used later."""
 
 
 def lightly(name: str) -> ModuleType:
@@ -133,7 +142,24 @@ class _Callable:
         return getattr(module, self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (self._module, self._name) in USED_LATER:
+            return _Result(self, args, kwargs)
         return self._real()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real(), name)
+
+
+class _Result:
+    """Stands for the result of a call, which is made when an attribute of it is asked for."""
+
+    def __init__(self, called: _Callable, args: Any, kwargs: Any) -> None:
+        self._called = called
+        self._arguments = args, kwargs
+
+    def __getattr__(self, name: str) -> Any:
+        args, kwargs = self._arguments
+        made = self._called._real()(*args, **kwargs)
+        # the methods of a mock are attributes, too, and keep what was asked of them
+        vars(self).update(vars(made))
+        return getattr(made, name)

@@ -29,18 +29,15 @@ from agent.config.settings import Settings
 from agent.kernel import addresses, kube_proxy
 from agent.kernel.affinity import AffinityWatch
 from agent.kernel.errors import KernelError
-from agent.kernel.facts import collect, conntrack, with_state
 from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
 from agent.loop import Ask, Failed, Loop, Reports, Stop, WorkerFailed
-from agent.serve.api import Api, ApiServer, Sources
 from agent.serve.health import HealthServer, Heartbeat, WatchAges
 from agent.serve.http import TcpAddress, UnixAddress, raise_descriptor_limit
 from agent.serve.localhost_ports import LocalhostPorts
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
 from agent.worker import Worker
-from rules.doctor import examine
 from rules.events import Event
 from rules.health_check import HealthCheck
 from rules.history import History
@@ -50,6 +47,8 @@ from rules.tables import FAMILIES
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
+
+    from agent.serve.api import ApiServer
 
 
 class CannotRun(Exception):
@@ -325,6 +324,11 @@ def _api_server(
     bind = settings.api()
     if not settings.api_socket and bind is None:
         return None
+    # 1 MB of modules that an agent without the API does not need
+    from agent.kernel.facts import collect, conntrack, with_state
+    from agent.serve.api import Api, ApiServer, Sources
+    from rules.doctor import examine
+
     history = served.reports.history
     assert history is not None
     sources = Sources(

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from agent.sources.kubernetes.formats import (
     JSON,
-    PROTOBUF,
     EventTooLarge,
     Format,
-    Frames,
     Lines,
 )
+from agent.sources.kubernetes.protobuf import PROTOBUF, Frames
 from agent.sources.kubernetes.reflector import Reflector, RequestType, resources
 from rules import decode, decode_protobuf
 from rules.objects import InvalidObject, Object

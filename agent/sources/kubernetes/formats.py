@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from rules import decode, decode_protobuf
+from rules import decode
 from rules.decode import decode_json
 from rules.objects import Object
 
@@ -113,7 +113,12 @@ class Format(Protocol):
 
 def format_of(content_type: str) -> Format:
     """The format of an answer with this Content-Type; JSON if it is unknown."""
-    return PROTOBUF if content_type.startswith(PROTOBUF_TYPE) else JSON
+    if content_type.startswith(PROTOBUF_TYPE):
+        # 3 MB of libraries, where a server answers with it
+        from agent.sources.kubernetes.protobuf import PROTOBUF
+
+        return PROTOBUF
+    return JSON
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -227,74 +232,4 @@ class _Json:
             return Status(code)
 
 
-# --- protobuf -----------------------------------------------------------------------------------
-
-_MAGIC = b"k8s\0"
-
-
-class Frames:
-    """Cuts frames: 4 bytes of length in network order, then that many bytes."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """See Splitter."""
-        buffer, frames, start = self._buffer, [], 0
-        buffer += data
-        while len(buffer) - start >= 4:
-            end = start + 4 + int.from_bytes(buffer[start : start + 4])
-            if end - start > MAX_EVENT_BYTES:
-                raise EventTooLarge
-            if len(buffer) < end:
-                break
-            frames.append(bytes(buffer[start + 4 : end]))
-            start = end
-        del buffer[:start]
-        return frames
-
-
-def _unwrapped(data: bytes) -> bytes:
-    """The message in an envelope."""
-    if not data.startswith(_MAGIC):
-        raise ValueError(f"does not begin with {_MAGIC!r}")
-    raw: bytes = decode_protobuf.parse("Unknown", data[len(_MAGIC) :]).raw
-    return raw
-
-
-class _Protobuf:
-    def splitter(self) -> Splitter:
-        return Frames()
-
-    def event(self, data: bytes) -> WatchEvent:
-        event = decode_protobuf.parse("WatchEvent", data)
-        return WatchEvent(event.type, _unwrapped(event.object.raw))
-
-    def page(self, body: bytes) -> Page:
-        page = decode_protobuf.parse("AnyList", _unwrapped(body))
-        return Page(page.metadata.resource_version, page.metadata.token, page.items)
-
-    def identity(self, item: Encoded) -> Identity:
-        metadata = decode_protobuf.parse("AnyObject", item).metadata
-        return Identity(metadata.name, metadata.namespace, metadata.resource_version)
-
-    def bookmark(self, item: Encoded) -> Bookmark:
-        metadata = decode_protobuf.parse("AnyObject", item).metadata
-        return Bookmark(metadata.resource_version, INITIAL_EVENTS_END in metadata.annotations)
-
-    def record(self, kind: str, item: Encoded) -> Object:
-        return decode_protobuf.decode(kind, item)
-
-    def error(self, item: Encoded) -> Status:
-        status = decode_protobuf.parse("Status", item)
-        return Status(status.code, status.reason, status.message)
-
-    def status(self, body: bytes, code: int) -> Status:
-        try:
-            return self.error(_unwrapped(body))._replace(code=code)
-        except ValueError:
-            return Status(code)
-
-
 JSON: Format = _Json()
-PROTOBUF: Format = _Protobuf()
