@@ -74,6 +74,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lists", choices=("streamed", "pages"), default="streamed", help="how lists are sent"
     )
+    parser.add_argument(
+        "--encoding",
+        choices=("protobuf", "json"),
+        default="protobuf",
+        help="how lists and watches are encoded, if streamed",
+    )
     arguments = parser.parse_args()
     if arguments.output is None:
         arguments.output = ROOT / "build" / "bench-quick" if arguments.quick else OUTPUT
@@ -97,20 +103,20 @@ def _measure(arguments: argparse.Namespace) -> int:
     ]
     repeats = Repeats.few() if arguments.quick else Repeats()
     results = Results(arguments.output, quick=arguments.quick)
-    streams = arguments.lists == "streamed"
+    how = {"streams": arguments.lists == "streamed", "encoding": arguments.encoding}
     chosen = {arguments.what} if arguments.what != "all" else {"all"}
     everything = "all" in chosen
     try:
         wanted = set(MEASURES) if everything else chosen & set(MEASURES)
         for size in sizes if wanted else ():
-            measure(wanted, size, repeats, results, streams=streams)
+            measure(wanted, size, repeats, results, **how)
         if everything or "first-packet" in chosen:
             first_packet.measure(sizes, results, quick=arguments.quick)
         if "growth" in chosen or (everything and not arguments.quick):
             few = repeats._replace(loads=1, changes=100)
             results.prefix = "growth-"
             for text in GROWTH_SIZES if not arguments.size else arguments.size.split(","):
-                measure({"load", "change"}, Size.parse(text), few, results, streams=streams)
+                measure({"load", "change"}, Size.parse(text), few, results, **how)
             results.prefix = ""
         if everything or "profile" in chosen:
             profiling.measure(sizes, arguments.output)

@@ -66,9 +66,9 @@ def _tcp(world: World) -> socket.socket:
 
 
 @contextmanager
-def setting(size: Size, *, streams: bool = True) -> Iterator[Setting]:
+def setting(size: Size, *, streams: bool = True, encoding: str = "protobuf") -> Iterator[Setting]:
     """Builds the world and prepares the answers."""
-    cluster = Cluster(size)
+    cluster = Cluster(size, encoding=encoding)
     prepared = Prepared(cluster, streams=streams)
     say(f"{size}: {sum(prepared.sizes.values()) / 1e6:.1f} MB of objects prepared")
     with World(pods=0, remotes=0, prefix="sliceproxy-bench") as world:
@@ -119,11 +119,12 @@ def load(made: Setting, repeats: Repeats, results: Results, before: dict[str, fl
                 "kernel": line["kernel_ms"] / 1e3,
                 "programming": line["ms"] / 1e3,
                 "peak": memory_mib(process.pid)["VmHWM"],
+                "received": made.server.sent / 1e6,
             }
             if line["added"] < made.cluster.size.total:
                 raise MeasureError(f"only {line['added']} elements were added")
             rows.append(row)
-    units = {"peak": "MiB"}
+    units = {"peak": "MiB", "received": "MB"}
     results.add(
         "load",
         str(made.cluster.size),
@@ -133,6 +134,7 @@ def load(made: Setting, repeats: Repeats, results: Results, before: dict[str, fl
         elements=line["added"],
         netlink_bytes=line["bytes"],
         lists="streamed" if made.server.prepared.streams else "pages",
+        content_type=made.cluster.encoding.content_type,
     )
 
 
@@ -223,7 +225,11 @@ def change(
     results.add(
         "change",
         str(cluster.size),
-        {"latency": metric(times, "ms"), "cpu": metric([each * 1e3], "ms of CPU")},
+        {
+            "latency": metric(times, "ms"),
+            "cpu": metric([each * 1e3], "ms of CPU"),
+            "received": metric([len(data)], "bytes"),
+        },
         [before, yardstick()],
         changes=2 * len(times),
         event_bytes=len(data),

@@ -7,10 +7,12 @@ tests/recordings, because what is skipped has to be read, too.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
+
+from tests.cluster import protobuf
 
 NODE = "node-1"
 PORT = 8080
@@ -56,14 +58,42 @@ def generation(octet: int, index: int) -> str:
     return text_of(octet << 24 | index)
 
 
+class Encoding(NamedTuple):
+    """How a server sends watch events. `event` encodes one: its type and an object in JSON."""
+
+    content_type: str
+    event: Callable[[str, bytes], bytes]
+
+
+def _json_event(kind: str, item: bytes) -> bytes:
+    return b'{"type":"%s","object":%s}\n' % (kind.encode(), item)
+
+
+def _protobuf_event(kind: str, item: bytes) -> bytes:
+    return protobuf.watch_event(kind, msgspec.json.decode(item))
+
+
+ENCODINGS = {
+    "json": Encoding("application/json", _json_event),
+    "protobuf": Encoding("application/vnd.kubernetes.protobuf;stream=watch", _protobuf_event),
+}
+
+
 class Cluster:
     """Services named service-0 and on, with their endpoints, and this Node.
 
-    `extra` are events of further Services and EndpointSlices, by resource.
+    `extra` are further Services and EndpointSlices, by resource. Objects are JSON, events are in
+    the encoding that the server is asked for first, or another.
     """
 
-    def __init__(self, size: Size, extra: dict[str, list[bytes]] | None = None) -> None:
+    def __init__(
+        self,
+        size: Size,
+        extra: dict[str, list[bytes]] | None = None,
+        encoding: str = "protobuf",
+    ) -> None:
         self.size = size
+        self.encoding = ENCODINGS[encoding]
         self.version = FIRST_VERSION
         self._extra = extra or {}
 
@@ -102,23 +132,19 @@ class Cluster:
         first = self.version + 1
         found = list(self.slices(index, addresses, first))
         self.version += 1
-        return [event("MODIFIED", one) for one in found]
+        return [self.encoding.event("MODIFIED", one) for one in found]
 
-
-def event(kind: str, item: bytes) -> bytes:
-    return b'{"type":"%s","object":%s}\n' % (kind.encode(), item)
-
-
-def bookmark(plural: str) -> bytes:
-    """The end of a streamed list."""
-    kind = KINDS[plural]
-    version = "v1" if plural in ("services", "nodes") else f"{GROUPS[plural]}/v1"
-    return event(
-        "BOOKMARK",
-        b'{"kind":"%s","apiVersion":"%s","metadata":{"resourceVersion":"%d","annotations":'
-        b'{"k8s.io/initial-events-end":"true"}}}'
-        % (kind.encode(), version.encode(), FIRST_VERSION),
-    )
+    def stream(self, plural: str) -> Iterator[bytes]:
+        """The events of a streamed list, with the bookmark that ends it."""
+        for item in self.objects(plural):
+            yield self.encoding.event("ADDED", item)
+        version = "v1" if plural in ("services", "nodes") else f"{GROUPS[plural]}/v1"
+        yield self.encoding.event(
+            "BOOKMARK",
+            b'{"kind":"%s","apiVersion":"%s","metadata":{"resourceVersion":"%d","annotations":'
+            b'{"k8s.io/initial-events-end":"true"}}}'
+            % (KINDS[plural].encode(), version.encode(), FIRST_VERSION),
+        )
 
 
 KINDS = {

@@ -23,7 +23,7 @@ from agent.config.settings import Settings
 from agent.kernel.tables import Kernel
 from agent.loop import reader
 from agent.sources.kubernetes.reflector import Reflector, resources
-from bench.objects import KINDS, NODE, Cluster, Size, bookmark, event, generation
+from bench.objects import KINDS, NODE, Cluster, Size, generation
 from bench.process import HOST, ROOT
 from bench.results import say
 from lab.world import World
@@ -34,7 +34,7 @@ from rules.transaction import Transaction, encode
 T = TypeVar("T")
 TOP = 14
 _IMPORTS = (
-    "import agent.cli.main, agent.run, agent.serve.metrics; "
+    "from agent.imports import lightly; lightly('agent.cli.run'); import agent.serve.metrics; "
     "from agent.sources.kubernetes.connection import connect; "
     "agent.serve.metrics.Metrics(''); connect(server='https://127.0.0.1:6443')"
 )
@@ -76,10 +76,7 @@ def hottest(profile: cProfile.Profile) -> list[dict[str, Any]]:
 def one_start(size: Size, *, profiled: bool) -> dict[str, Any]:
     """A start, then changes, in the namespace of the calling thread."""
     cluster, stages = Cluster(size), Stages(profiled=profiled)
-    lines = {
-        plural: [*(event("ADDED", o) for o in cluster.objects(plural)), bookmark(plural)]
-        for plural in KINDS
-    }
+    lines = {plural: list(cluster.stream(plural)) for plural in KINDS}
     reflectors = {r.plural: Reflector(r) for r in resources(NODE)}
     gc.collect()
     gc.disable()
@@ -88,7 +85,7 @@ def one_start(size: Size, *, profiled: bool) -> dict[str, Any]:
         events: list[Event] = []
         for plural, reflector in reflectors.items():
             reflector.request()
-            reflector.answered(200)
+            reflector.answered(200, content_type=cluster.encoding.content_type)
             for line in lines[plural]:
                 events += reflector.received(line)
         return events

@@ -1,7 +1,8 @@
 """An API server that has its answers ready: it costs next to nothing while others are measured.
 
-Lists are streamed as a server of Kubernetes 1.34 streams them, each object a chunk of its own; or
-come in pages of 500, compressed, as from older ones. Then the watches are silent until `push`.
+Lists are streamed as a server of Kubernetes 1.34 streams them, each object a chunk of its own, in
+protobuf or JSON; or they are pages of 500 in JSON, compressed, as from older ones. Then the watches
+are silent until `push`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from urllib.parse import parse_qs, urlsplit
 
-from bench.objects import FIRST_VERSION, GROUPS, KINDS, Cluster, bookmark, event
+from bench.objects import FIRST_VERSION, GROUPS, KINDS, Cluster
 
 PAGE = 500
 _PATHS = {(f"/apis/{GROUPS[p]}/v1/{p}" if p in GROUPS else f"/api/v1/{p}"): p for p in KINDS}
-_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+_HEAD = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def chunk(data: bytes) -> bytes:
@@ -29,16 +30,18 @@ class Prepared:
 
     def __init__(self, cluster: Cluster, *, streams: bool = True) -> None:
         self.streams = streams
+        self.head = _HEAD.format(cluster.encoding.content_type).encode()
         self.bodies: dict[str, bytes] = {}
         self.pages: dict[str, list[bytes]] = {}
         self.sizes: dict[str, int] = {}
         for plural in KINDS:
-            objects = list(cluster.objects(plural))
-            self.sizes[plural] = sum(map(len, objects))
             if streams:
-                parts = [chunk(event("ADDED", o)) for o in objects]
-                self.bodies[plural] = b"".join((*parts, chunk(bookmark(plural))))
+                events = list(cluster.stream(plural))
+                self.sizes[plural] = sum(map(len, events))
+                self.bodies[plural] = b"".join(map(chunk, events))
             else:
+                objects = list(cluster.objects(plural))
+                self.sizes[plural] = sum(map(len, objects))
                 self.pages[plural] = list(_pages(plural, objects))
 
 
@@ -70,6 +73,7 @@ class Server:
         self._watches: dict[str, socket.socket] = {}
         self._connections: list[socket.socket] = []
         self.asked: list[str] = []
+        self.sent = 0
         self._news = threading.Condition()
 
     @property
@@ -90,6 +94,7 @@ class Server:
     def forget(self) -> None:
         """The client has gone; the next one begins."""
         with self._news:
+            self.sent = 0
             self._watches.clear()
             for connection in self._connections:
                 connection.close()
@@ -102,6 +107,7 @@ class Server:
 
     def push(self, plural: str, data: bytes) -> None:
         """Sends chunks to whoever watches."""
+        self.sent += len(data)
         self._watches[plural].sendall(data)
 
     def push_later(self, plural: str, data: bytes) -> None:
@@ -137,26 +143,28 @@ class Server:
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         plural = _PATHS.get(parts.path)
         if plural is None or method != "GET":
-            _say(connection, 404, b'{"kind":"Status","code":404,"status":"Failure"}')
+            self._say(connection, 404, b'{"kind":"Status","code":404,"status":"Failure"}')
         elif query.get("watch") in ("1", "true"):
             if "sendInitialEvents" in query and not self.prepared.streams:
-                _say(connection, 422, b'{"kind":"Status","code":422,"status":"Failure"}')
+                self._say(connection, 422, b'{"kind":"Status","code":422,"status":"Failure"}')
                 return
-            connection.sendall(_HEAD)
+            self._send(connection, self.prepared.head)
             if "sendInitialEvents" in query:
-                connection.sendall(self.prepared.bodies[plural])
+                self._send(connection, self.prepared.bodies[plural])
             with self._news:
                 self._watches[plural] = connection
                 self._news.notify_all()
         elif self.prepared.pages:
-            connection.sendall(self.prepared.pages[plural][int(query.get("continue", "0"))])
+            self._send(connection, self.prepared.pages[plural][int(query.get("continue", "0"))])
         else:
             body = b'{"metadata":{"resourceVersion":"%d"},"items":[]}' % FIRST_VERSION
-            _say(connection, 200, body)
+            self._say(connection, 200, body)
 
+    def _say(self, connection: socket.socket, code: int, body: bytes) -> None:
+        head = "HTTP/1.1 %d Answer\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        self._send(connection, (head % (code, len(body))).encode() + body)
 
-def _say(connection: socket.socket, code: int, body: bytes) -> None:
-    connection.sendall(
-        b"HTTP/1.1 %d Answer\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-        % (code, len(body), body)
-    )
+    def _send(self, connection: socket.socket, data: bytes) -> None:
+        with self._news:
+            self.sent += len(data)
+        connection.sendall(data)

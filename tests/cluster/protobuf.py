@@ -98,6 +98,13 @@ def message(document: Any, fields: Fields) -> bytes:
     return b"".join(part for _, part in sorted(parts))
 
 
+def _int_or_string(value: int | str) -> bytes:
+    parts = (0, value, "") if isinstance(value, int) else (1, 0, value)
+    return field(4, message(dict(zip(("type", "int", "text"), parts, strict=True)), _ALTERNATIVES))
+
+
+_ALTERNATIVES: Fields = {"type": _int(1), "int": _int(2), "text": _text(3)}
+_INT_OR_STRING: tuple[int, Encoder] = (4, _int_or_string)
 _FIELDS_V1: tuple[int, Encoder] = (7, lambda v: field(7, field(1, msgspec.json.encode(v))))
 
 METADATA: Fields = {
@@ -112,12 +119,24 @@ METADATA: Fields = {
     "deletionTimestamp": _time(9),
     "labels": _map(11),
     "annotations": _map(12),
+    "ownerReferences": _many(
+        13,
+        {
+            "kind": _text(1),
+            "name": _text(3),
+            "uid": _text(4),
+            "apiVersion": _text(5),
+            "controller": _int(6),
+            "blockOwnerDeletion": _int(7),
+        },
+    ),
     "managedFields": _many(
         17,
         {
             "manager": _text(1),
             "operation": _text(2),
             "apiVersion": _text(3),
+            "time": _time(4),
             "fieldsType": _text(6),
             "fieldsV1": _FIELDS_V1,
             "subresource": _text(8),
@@ -135,6 +154,7 @@ SERVICE: Fields = {
                     "name": _text(1),
                     "protocol": _text(2),
                     "port": _int(3),
+                    "targetPort": _INT_OR_STRING,
                     "nodePort": _int(5),
                     "appProtocol": _text(6),
                 },
