@@ -54,10 +54,20 @@ class Client:
         """The answer at a path, as a record."""
         return msgspec.json.decode(self.raw(path, query), type=kind)
 
+    def find(self, path: str, kind: type[T]) -> T | None:
+        """As `get`; None if the agent knows no such object."""
+        status, body = self._ask(path)
+        if status == http.HTTPStatus.NOT_FOUND:
+            return None
+        return msgspec.json.decode(self._checked(status, body), type=kind)
+
     def raw(self, path: str, query: Mapping[str, object] | None = None) -> bytes:
         """The answer at a path, as the agent's JSON."""
         given = {name: value for name, value in (query or {}).items() if value}
-        target = path + ("?" + urlencode(given) if given else "")
+        return self._checked(*self._ask(path + ("?" + urlencode(given) if given else "")))
+
+    def _ask(self, target: str) -> tuple[int, bytes]:
+        """Status and body of the answer, whatever it is."""
         connection = _Connection(self._path)
         try:
             connection.request("GET", target)
@@ -75,7 +85,10 @@ class Client:
             self._fail(f"{error or type(error).__name__}", FAILURE)
         finally:
             connection.close()
-        if answer.status != http.HTTPStatus.OK:
+        return answer.status, body
+
+    def _checked(self, status: int, body: bytes) -> bytes:
+        if status != http.HTTPStatus.OK:
             self._fail(_error(body), FAILURE, named=False)
         return body
 

@@ -21,7 +21,8 @@ from agent.imports import lightly
 
 COMMANDS = (
     *("run", "init", "cleanup"),
-    *("status", "services", "endpoints", "explain", "history", "doctor"),
+    *("status", "services", "endpoints", "explain", "history"),
+    *("flows", "doctor"),
     *("render", "diff", "demo"),
 )
 

@@ -317,11 +317,19 @@ def parse(entry: bytes) -> Flow | None:
 
 def _tuple(data: bytes) -> tuple[bytes, bytes] | None:
     """Source and destination of a UDP tuple."""
+    protocol, source, destination = tuple_of(data)
+    return (source, destination) if protocol == UDP and source else None
+
+
+def tuple_of(data: bytes) -> tuple[int, bytes, bytes]:
+    """Protocol, source and destination of a tuple; both are empty without addresses.
+
+    Raises Malformed.
+    """
     nests = fields(data)
     addresses = fields(nests.get(CTA_TUPLE_IP, b""))
     ports = fields(nests.get(CTA_TUPLE_PROTO, b""))
-    if ports.get(CTA_PROTO_NUM) != bytes([UDP]):
-        return None
+    protocol = integer(ports.get(CTA_PROTO_NUM, b""))
     for source, destination, length in (
         (CTA_IP_V4_SRC, CTA_IP_V4_DST, 4),
         (CTA_IP_V6_SRC, CTA_IP_V6_DST, 16),
@@ -330,10 +338,11 @@ def _tuple(data: bytes) -> tuple[bytes, bytes] | None:
             if len(addresses[source]) != length or len(addresses[destination]) != length:
                 raise Malformed("an address of another length than its family's")
             return (
+                protocol,
                 target_of(addresses[source], _port(ports, CTA_PROTO_SRC_PORT)),
                 target_of(addresses[destination], _port(ports, CTA_PROTO_DST_PORT)),
             )
-    return None
+    return protocol, b"", b""
 
 
 def _port(ports: Fields, kind: int) -> int:

@@ -1,0 +1,126 @@
+"""Connections as people read them: client, Service, endpoint with its pod and node.
+
+Conntrack reports a new connection with the addresses on both of its sides. A `Directory` knows
+whose they are: it is filled with the lines of `services` and the tables of `endpoints`, so it is
+the same whether they come from manifests or from a running agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import msgspec
+
+from rules.endpoint_report import EndpointTable
+from rules.frontends import Kind
+from rules.objects import PROTOCOL_NAMES, address_text
+from rules.service_report import ServiceLine
+from rules.target import Target, address_of, port_of, target_text
+
+
+class NewConnection(NamedTuple):
+    """A connection that conntrack has just confirmed. Address and port are packed as in a Target.
+
+    `client` sent the first packet to `destination`. `endpoint` answers it, and sees `seen_as` as
+    the client; they are the same as destination and client where nothing is translated.
+    """
+
+    protocol: int
+    client: Target
+    destination: Target
+    endpoint: Target
+    seen_as: Target
+
+    @property
+    def translated(self) -> bool:
+        """Whether it was sent to another address than the one that the client asked for."""
+        return self.endpoint != self.destination
+
+
+class Flow(msgspec.Struct, frozen=True):
+    """A connection through a Service.
+
+    `time` is seconds since the epoch. `service` is namespace/name and `port` the Service port; both
+    are "" for a translation of another program. `pod` and `node` are "" where the slices do not
+    name them. `masqueraded`: the endpoint sees an address of the node as the client.
+    """
+
+    time: float
+    protocol: str
+    client: str
+    destination: str
+    service: str
+    port: str
+    endpoint: str
+    pod: str
+    node: str
+    masqueraded: bool
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """So many events were lost, because they arrived faster than they were read."""
+
+    lost: int
+
+
+class Owner(NamedTuple):
+    """The Service that has an address, and its port as `services` shows it."""
+
+    service: str
+    port: str
+
+
+class Directory:
+    """Who has which address. `lines` are those of `services`; a Service's endpoints are added when
+    a connection to it is met first."""
+
+    def __init__(self, lines: Iterable[ServiceLine]) -> None:
+        self._owners: dict[str, Owner] = {}
+        for line in lines:
+            owner = Owner(f"{line.namespace}/{line.name}", line.port)
+            for frontend in line.frontends:
+                if frontend.holder:
+                    continue
+                of_family = frontend.kind == Kind.NODE_PORT.value
+                key = f"{frontend.address} {line.family}" if of_family else frontend.address
+                self._owners[key] = owner
+        self._endpoints: dict[str, dict[str, tuple[str, str]]] = {}
+
+    def owner(self, connection: NewConnection) -> Owner | None:
+        """The Service through which a connection goes; None if it is none of the directory's."""
+        protocol = PROTOCOL_NAMES[connection.protocol]
+        found = self._owners.get(f"{target_text(connection.destination)}/{protocol}")
+        if found or not connection.translated:
+            return found
+        family = 4 if len(address_of(connection.destination)) == 4 else 6
+        port = port_of(connection.destination)
+        return self._owners.get(f"node port {port}/{protocol} {family}")
+
+    def knows_endpoints(self, service: str) -> bool:
+        """Whether the Service's endpoints have been added."""
+        return service in self._endpoints
+
+    def add_endpoints(self, service: str, table: EndpointTable | None) -> None:
+        """Adds the endpoints of a Service; None if it no longer exists."""
+        ports = table.ports if table else ()
+        self._endpoints[service] = {
+            row.address: (row.pod, row.node) for port in ports for row in port.rows
+        }
+
+    def flow(self, connection: NewConnection, owner: Owner, seconds: float) -> Flow:
+        """The connection through a Service, at this time."""
+        known = self._endpoints.get(owner.service, {})
+        pod, node = known.get(address_text(address_of(connection.endpoint)), ("", ""))
+        return Flow(
+            seconds,
+            PROTOCOL_NAMES[connection.protocol],
+            target_text(connection.client),
+            target_text(connection.destination),
+            owner.service,
+            owner.port,
+            target_text(connection.endpoint),
+            pod,
+            node,
+            address_of(connection.seen_as) != address_of(connection.client),
+        )
