@@ -191,7 +191,7 @@ def parse_destination(text: str) -> Destination:
     found = _TARGET.fullmatch(text.strip())
     if not found:
         raise QuestionError(f"{text!r} is not a valid ADDRESS:PORT; {_HOW}")
-    address = _parse_address(found["six"] or found["four"] or "", _HOW)
+    address = parse_address(found["six"] or found["four"] or "", _HOW)
     protocol = PROTOCOLS.get((found["protocol"] or "tcp").upper(), 0)
     if not protocol:
         raise QuestionError(f"protocol {found['protocol']!r} is not one of tcp, udp and sctp")
@@ -200,7 +200,8 @@ def parse_destination(text: str) -> Destination:
     return Destination(address, protocol, int(found["port"]))
 
 
-def _parse_address(text: str, how: str) -> Address:
+def parse_address(text: str, how: str = "write it like 10.0.0.1 or fd00::1") -> Address:
+    """The packed address. Raises QuestionError."""
     try:
         return ipaddress.ip_address(text.partition("%")[0]).packed
     except ValueError:
@@ -370,7 +371,7 @@ class _Asker(NamedTuple):
 
 def _one(state: State, target: Destination, text: str, elements: Elements) -> _Asker:
     """The asker that has this address."""
-    address = _parse_address(text, "write it like 10.244.1.7 or fd00::7")
+    address = parse_address(text, "write it like 10.244.1.7 or fd00::7")
     if len(address) != len(target.address):
         raise QuestionError(
             f"{text} cannot ask {destination_text(target)}: one is IPv4 and the other IPv6"

@@ -146,6 +146,11 @@ _ORIGINAL = b"\0"  # IP_CT_DIR_ORIGINAL
 NFTNL_UDATA_RULE_COMMENT = 0
 
 
+def offset_of(family: int, source: Source) -> int:
+    """Where an address (SADDR or DADDR) is in the network header."""
+    return _OFFSET[family, source]
+
+
 def register(unit: int) -> int:
     """The number of the register at 4-byte unit `unit`, as the kernel itself reports it."""
     return NFT_REG32_00 + unit if unit % 4 else NFT_REG_1 + unit // 4
@@ -165,7 +170,8 @@ def _expressions(statements: tuple[Statement, ...], family: int) -> bytes:
     return nest(NFTA_RULE_EXPRESSIONS, *(e for s in statements for e in _statement(s, family)))
 
 
-def _expression(name: str, *parts: bytes) -> bytes:
+def expression(name: str, *parts: bytes) -> bytes:
+    """One expression: its name and the attributes of its data."""
     return nest(NFTA_LIST_ELEM, string(NFTA_EXPR_NAME, name), nest(NFTA_EXPR_DATA, *parts))
 
 
@@ -178,16 +184,16 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
         case Is(Predicate.UNTRANSLATED):
             yield from _has_bit(NFT_CT_STATUS, _IPS_DST_NAT, NFT_CMP_EQ)
         case Is(Predicate.FROM_HERE):
-            yield _expression(
+            yield expression(
                 "fib",
                 u32(NFTA_FIB_DREG, NFT_REG_1),
                 u32(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE),
                 u32(NFTA_FIB_FLAGS, NFTA_FIB_F_SADDR),
             )
-            yield _compare(NFT_CMP_EQ, struct.pack("=I", _RTN_LOCAL))
+            yield compare(NFT_CMP_EQ, struct.pack("=I", _RTN_LOCAL))
         case IsProtocol(protocol):
-            yield _meta(NFT_META_L4PROTO)
-            yield _compare(NFT_CMP_EQ, bytes((protocol,)))
+            yield meta(NFT_META_L4PROTO)
+            yield compare(NFT_CMP_EQ, bytes((protocol,)))
         case In(fields, named, negated):
             yield from _load(fields)
             yield _lookup(named, u32(NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV) if negated else b"")
@@ -196,9 +202,9 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
         case NotFromInterface(name, prefix):
             yield from _interface(NFT_CMP_NEQ, name, prefix)
         case Marked(bits):
-            yield _meta(NFT_META_MARK)
+            yield meta(NFT_META_MARK)
             yield _bitwise(bits, 0)
-            yield _compare(NFT_CMP_NEQ, bytes(4))
+            yield compare(NFT_CMP_NEQ, bytes(4))
         case Mark(bits):
             yield from _change_mark(bits ^ 0xFFFFFFFF, bits)
         case Unmark(bits):
@@ -227,38 +233,40 @@ def _final(described: Final, family: int) -> bytes:
         case Final.RETURN:
             return _verdict(NFT_RETURN)
         case Final.MASQUERADE:
-            return _expression("masq", u32(NFTA_MASQ_FLAGS, _NF_NAT_RANGE_PROTO_RANDOM_FULLY))
+            return expression("masq", u32(NFTA_MASQ_FLAGS, _NF_NAT_RANGE_PROTO_RANDOM_FULLY))
         case Final.RESET:
-            return _expression("reject", u32(NFTA_REJECT_TYPE, NFT_REJECT_TCP_RST))
+            return expression("reject", u32(NFTA_REJECT_TYPE, NFT_REJECT_TCP_RST))
         case Final.REJECT:
             code = attribute(NFTA_REJECT_ICMP_CODE, bytes((_PORT_UNREACHABLE[family],)))
-            return _expression("reject", u32(NFTA_REJECT_TYPE, NFT_REJECT_ICMP_UNREACH), code)
+            return expression("reject", u32(NFTA_REJECT_TYPE, NFT_REJECT_ICMP_UNREACH), code)
 
 
 def _has_bit(key: int, bit: int, compared_to_none: int = NFT_CMP_NEQ) -> Iterator[bytes]:
-    yield _expression("ct", u32(NFTA_CT_DREG, NFT_REG_1), u32(NFTA_CT_KEY, key))
+    yield expression("ct", u32(NFTA_CT_DREG, NFT_REG_1), u32(NFTA_CT_KEY, key))
     yield _bitwise(bit, 0)
-    yield _compare(compared_to_none, bytes(4))
+    yield compare(compared_to_none, bytes(4))
 
 
 def _interface(operation: int, name: str, prefix: bool) -> Iterator[bytes]:
-    yield _meta(NFT_META_IIFNAME)
+    yield meta(NFT_META_IIFNAME)
     encoded = name.encode()
-    yield _compare(operation, encoded if prefix else encoded.ljust(_IFNAMSIZ, b"\0"))
+    yield compare(operation, encoded if prefix else encoded.ljust(_IFNAMSIZ, b"\0"))
 
 
 def _change_mark(mask: int, xor: int) -> Iterator[bytes]:
-    yield _meta(NFT_META_MARK)
+    yield meta(NFT_META_MARK)
     yield _bitwise(mask, xor)
-    yield _expression("meta", u32(NFTA_META_KEY, NFT_META_MARK), u32(NFTA_META_SREG, NFT_REG_1))
+    yield expression("meta", u32(NFTA_META_KEY, NFT_META_MARK), u32(NFTA_META_SREG, NFT_REG_1))
 
 
-def _meta(key: int) -> bytes:
-    return _expression("meta", u32(NFTA_META_KEY, key), u32(NFTA_META_DREG, NFT_REG_1))
+def meta(key: int) -> bytes:
+    """Loads a property of the packet (NFT_META_*) into the first register."""
+    return expression("meta", u32(NFTA_META_KEY, key), u32(NFTA_META_DREG, NFT_REG_1))
 
 
-def _compare(operation: int, data: bytes) -> bytes:
-    return _expression(
+def compare(operation: int, data: bytes) -> bytes:
+    """Ends the rule unless the first register compares so (NFT_CMP_*) with the data."""
+    return expression(
         "cmp",
         u32(NFTA_CMP_SREG, NFT_REG_1),
         u32(NFTA_CMP_OP, operation),
@@ -267,18 +275,23 @@ def _compare(operation: int, data: bytes) -> bytes:
 
 
 def _bitwise(mask: int, xor: int) -> bytes:
-    return _expression(
+    return bitwise(struct.pack("=I", mask), struct.pack("=I", xor))
+
+
+def bitwise(mask: bytes, xor: bytes) -> bytes:
+    """The first register & mask ^ xor, both as long as what it holds."""
+    return expression(
         "bitwise",
         u32(NFTA_BITWISE_SREG, NFT_REG_1),
         u32(NFTA_BITWISE_DREG, NFT_REG_1),
-        u32(NFTA_BITWISE_LEN, 4),
-        nest(NFTA_BITWISE_MASK, attribute(NFTA_DATA_VALUE, struct.pack("=I", mask))),
-        nest(NFTA_BITWISE_XOR, attribute(NFTA_DATA_VALUE, struct.pack("=I", xor))),
+        u32(NFTA_BITWISE_LEN, len(mask)),
+        nest(NFTA_BITWISE_MASK, attribute(NFTA_DATA_VALUE, mask)),
+        nest(NFTA_BITWISE_XOR, attribute(NFTA_DATA_VALUE, xor)),
     )
 
 
 def _verdict(code: int, chain: str = "") -> bytes:
-    return _expression(
+    return expression(
         "immediate",
         u32(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT),
         nest(NFTA_IMMEDIATE_DATA, verdict_data(code, chain)),
@@ -295,14 +308,14 @@ def verdict_data(code: int, chain: str = "") -> bytes:
 
 
 def _lookup(named: Set, *more: bytes) -> bytes:
-    return _expression(
+    return expression(
         "lookup", string(NFTA_LOOKUP_SET, named.name), u32(NFTA_LOOKUP_SREG, NFT_REG_1), *more
     )
 
 
 def _dnat(named: Set) -> bytes:
     port = register(named.data[0].padded // 4)
-    return _expression(
+    return expression(
         "nat",
         u32(NFTA_NAT_TYPE, NFT_NAT_DNAT),
         u32(NFTA_NAT_FAMILY, NFPROTO[named.family]),
@@ -316,7 +329,7 @@ def _remember(described: Remember) -> Iterator[bytes]:
     behind = described.map.key_length // 4
     yield from _load(described.data, behind)
     data = (u32(NFTA_DYNSET_SREG_DATA, register(behind)),) if described.data else ()
-    yield _expression(
+    yield expression(
         "dynset",
         string(NFTA_DYNSET_SET_NAME, described.map.name),
         u32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
@@ -338,11 +351,11 @@ def _read(part: Field, unit: int) -> bytes:
     match part.source:
         case Source.SADDR | Source.DADDR:
             offset = _OFFSET[part.family, part.source]
-            return _payload(into, NFT_PAYLOAD_NETWORK_HEADER, offset, part.length)
+            return payload(into, NFT_PAYLOAD_NETWORK_HEADER, offset, part.length)
         case Source.DPORT:
-            return _payload(into, NFT_PAYLOAD_TRANSPORT_HEADER, _DPORT_OFFSET, part.length)
+            return payload(into, NFT_PAYLOAD_TRANSPORT_HEADER, _DPORT_OFFSET, part.length)
         case Source.PROTOCOL:
-            return _expression(
+            return expression(
                 "meta", u32(NFTA_META_KEY, NFT_META_L4PROTO), u32(NFTA_META_DREG, into)
             )
         case Source.ORIGINAL_DADDR:
@@ -350,7 +363,7 @@ def _read(part: Field, unit: int) -> bytes:
         case Source.ORIGINAL_DPORT:
             return _original(into, NFT_CT_PROTO_DST)
         case Source.RANDOM:
-            return _expression(
+            return expression(
                 "numgen",
                 u32(NFTA_NG_DREG, into),
                 u32(NFTA_NG_MODULUS, part.modulus),
@@ -358,7 +371,7 @@ def _read(part: Field, unit: int) -> bytes:
                 u32(NFTA_NG_OFFSET, part.offset),
             )
         case Source.DIRECTION:
-            return _expression("ct", u32(NFTA_CT_DREG, into), u32(NFTA_CT_KEY, NFT_CT_DIRECTION))
+            return expression("ct", u32(NFTA_CT_DREG, into), u32(NFTA_CT_KEY, NFT_CT_DIRECTION))
         case Source.CLIENT_HASH:
             return _client_hash(part, into)
 
@@ -370,7 +383,7 @@ def _client_hash(part: Field, into: int) -> bytes:
     """Loads the source address aside, and its hash into the register."""
     scratch, length = register(_SCRATCH_UNIT), ADDRESS_LENGTH[part.family]
     offset = _OFFSET[part.family, Source.SADDR]
-    return _payload(scratch, NFT_PAYLOAD_NETWORK_HEADER, offset, length) + _expression(
+    return payload(scratch, NFT_PAYLOAD_NETWORK_HEADER, offset, length) + expression(
         "hash",
         u32(NFTA_HASH_SREG, scratch),
         u32(NFTA_HASH_DREG, into),
@@ -381,8 +394,9 @@ def _client_hash(part: Field, into: int) -> bytes:
     )
 
 
-def _payload(into: int, base: int, offset: int, length: int) -> bytes:
-    return _expression(
+def payload(into: int, base: int, offset: int, length: int) -> bytes:
+    """Loads bytes of the packet, counted from a header (NFT_PAYLOAD_*), into a register."""
+    return expression(
         "payload",
         u32(NFTA_PAYLOAD_DREG, into),
         u32(NFTA_PAYLOAD_BASE, base),
@@ -392,7 +406,7 @@ def _payload(into: int, base: int, offset: int, length: int) -> bytes:
 
 
 def _original(into: int, key: int) -> bytes:
-    return _expression(
+    return expression(
         "ct",
         u32(NFTA_CT_DREG, into),
         u32(NFTA_CT_KEY, key),

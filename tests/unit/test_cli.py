@@ -25,6 +25,8 @@ GROUPS = {
     "services": {"data plane"},
     "status": set(),
     "history": set(),
+    "flows": {"data plane"},
+    "trace": set(),
     "cleanup": set(),
     "demo": set(),
 }

@@ -1,0 +1,201 @@
+"""Traces the next real packets to one address through all rules of this network namespace.
+
+A table of its own (`TRACE_TABLE`) sets the trace bit of those packets before any other rule sees
+them. The table belongs to the socket of this process and does not persist, so the kernel deletes
+it when the socket is closed, whatever ends the process (NFT_TABLE_F_OWNER, Linux 5.12). Other
+packets are compared with one address and port while the table exists.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from agent.kernel.errors import KernelError, OwnedByOther, Refused, Stale
+from agent.kernel.socket import Interrupted, NetlinkSocket, parsed
+from agent.kernel.tables import Kernel
+from rules.language import Base, Chain, Hook
+from rules.netlink.attributes import Malformed, fields, integer, text
+from rules.netlink.batch import Batch, content, nft_type
+from rules.netlink.messages import NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP
+from rules.netlink.nftables import (
+    NFNLGRP_NFTRACE,
+    NFT_MSG_GETRULE,
+    NFT_MSG_NEWRULE,
+    NFT_TABLE_F_OWNER,
+    NFTA_RULE_HANDLE,
+    NFTA_RULE_TABLE,
+)
+from rules.netlink.rule_text import rule_text
+from rules.netlink.trace import (
+    FAMILY_NAMES,
+    TraceFilter,
+    TraceMessage,
+    decode_trace,
+    trace_rule,
+)
+from rules.packet_trace import TRACE_TABLE, RuleKey, TracedPacket, traced_packet
+
+_PRIORITY = -350
+"""Before conntrack (-200) and the raw tables (-300), behind reassembly (-400)."""
+_CHAINS = tuple(
+    Chain(hook.value[0], (), Base("filter", hook, _PRIORITY))
+    for hook in (Hook.PREROUTING, Hook.OUTPUT)
+)
+_QUIET_SECONDS = 0.2
+"""A packet without a message for so long has left the rules; it takes microseconds to pass them."""
+_TRIES = 5
+
+
+class Trace:
+    """Traces the packets that a filter chooses, from its creation until it is closed.
+
+    Use it as a context manager. Raises KernelErrors; OwnedByOther while another trace runs here.
+    """
+
+    def __init__(self, wanted: TraceFilter) -> None:
+        self._family = wanted.family
+        self._kernel = Kernel(own=False)
+        try:
+            self._socket = NetlinkSocket()
+            try:
+                self._socket.join(NFNLGRP_NFTRACE)
+                self._remove()  # what a process on a kernel without owned tables left
+                self._kernel.send(_table(wanted))
+            except BaseException:
+                self._socket.close()
+                raise
+        except OSError as error:
+            self._kernel.close()
+            raise Refused(error.errno or errno.EIO, "listening to traces") from None
+        except BaseException:
+            self._kernel.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._remove()
+        finally:
+            self._socket.close()
+            self._kernel.close()
+
+    def _remove(self) -> None:
+        batch = Batch()
+        batch.delete_table(self._family, TRACE_TABLE)
+        try:
+            self._kernel.send(batch)
+        except OwnedByOther as error:
+            raise InUse(error.errno, f"table {TRACE_TABLE}") from None
+        except Stale as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+    def packets(self, seconds: float) -> Iterator[TracedPacket]:
+        """Packets in the order in which they ended, of the next so many seconds.
+
+        One whose messages were lost because they were not read in time is left out. Raises
+        KernelError.
+        """
+        open_packets: dict[int, list[TraceMessage]] = {}
+        last: dict[int, float] = {}
+        end = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._socket.fileno(), select.POLLIN)
+        while open_packets or time.monotonic() < end:
+            left = _QUIET_SECONDS if open_packets else end - time.monotonic()
+            if poll.poll(max(0.0, left) * 1000):
+                for message in self._receive():
+                    if message.packet in open_packets or time.monotonic() < end:
+                        open_packets.setdefault(message.packet, []).append(message)
+                        last[message.packet] = time.monotonic()
+            for packet in [p for p, at in last.items() if time.monotonic() - at >= _QUIET_SECONDS]:
+                del last[packet]
+                found = self._report(open_packets.pop(packet))
+                if found:
+                    yield found
+
+    def _receive(self) -> Iterator[TraceMessage]:
+        try:
+            data = self._socket.receive()
+            for kind, _, _, start, end in parsed(data):
+                if found := decode_trace(kind, data[start:end]):
+                    yield found
+        except Malformed as error:
+            raise Refused(errno.EBADMSG, "reading traces", str(error)) from None
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise Refused(error.errno or errno.EIO, "reading traces") from None
+
+    def _report(self, messages: list[TraceMessage]) -> TracedPacket | None:
+        return traced_packet(messages, rule_texts(), _interface)
+
+
+class InUse(KernelError):
+    """Another trace runs in this network namespace."""
+
+    @staticmethod
+    def advice(_code: int) -> str:
+        """What the operator can do."""
+        return "Another `sliceproxy trace` runs on this node; wait until it has ended."
+
+
+def _table(wanted: TraceFilter) -> Batch:
+    batch = Batch()
+    batch.new_table(wanted.family, TRACE_TABLE, NFT_TABLE_F_OWNER)
+    for chain in _CHAINS:
+        batch.new_chain(wanted.family, TRACE_TABLE, chain)
+        batch.add(
+            NFT_MSG_NEWRULE,
+            wanted.family,
+            trace_rule(TRACE_TABLE, chain.name, wanted),
+            NLM_F_CREATE | NLM_F_APPEND,
+            f"the rule of chain {chain.name}",
+        )
+    return batch
+
+
+def rule_texts() -> dict[RuleKey, str]:
+    """All rules of this network namespace, as text. Raises Refused."""
+    try:
+        with NetlinkSocket() as reading:
+            for _ in range(_TRIES):
+                try:
+                    return dict(_listed(reading))
+                except Interrupted:
+                    continue
+    except Malformed as error:
+        raise Refused(errno.EBADMSG, "reading the rules", str(error)) from None
+    except OSError as error:
+        raise Refused(error.errno or errno.EIO, "reading the rules") from None
+    raise Refused(errno.EAGAIN, "reading the rules")
+
+
+def _listed(reading: NetlinkSocket) -> Iterator[tuple[RuleKey, str]]:
+    for data, start, end in reading.ask(nft_type(NFT_MSG_GETRULE), content(0, b""), NLM_F_DUMP):
+        rule = fields(data[start + 4 : end])
+        family = FAMILY_NAMES.get(data[start], str(data[start]))
+        yield (
+            RuleKey(family, text(rule[NFTA_RULE_TABLE]), integer(rule[NFTA_RULE_HANDLE])),
+            rule_text(rule),
+        )
+
+
+def _interface(index: int) -> str:
+    """The name of an interface of this network namespace, "" for none."""
+    try:
+        return socket.if_indextoname(index) if index else ""
+    except OSError:
+        return f"interface {index}"
