@@ -27,7 +27,7 @@ from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
 from agent.kernel.flows import FlowCleaner, Look
 from agent.kernel.readahead import ReadAhead
-from agent.kernel.tables import Kernel
+from agent.kernel.tables import Kernel, transaction_of
 from agent.kernel.watcher import Watcher
 from agent.serve.health import Heartbeat
 from agent.serve.metrics import Recorder
@@ -108,6 +108,15 @@ def reader(
         return KernelView(known, there.elements)
 
     return read
+
+
+def difference(state: State, kernel: Kernel) -> list[str]:
+    """The nft commands by which the agent that has `kernel` would bring it to a snapshot of its
+    state. May be called from any thread. Raises KernelError."""
+    with Kernel(own=False) as reading:
+        reading.table_flags = kernel.table_flags
+        transaction = state.snapshot().resync(reader(reading))
+    return list(commands(transaction_of(transaction, kernel.families)))
 
 
 class Reports(NamedTuple):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -32,7 +33,7 @@ from agent.kernel.errors import KernelError
 from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
-from agent.loop import Ask, Failed, Loop, Reports, Stop, WorkerFailed
+from agent.loop import Ask, Failed, Loop, Reports, Stop, WorkerFailed, difference
 from agent.serve.health import HealthServer, Heartbeat, WatchAges
 from agent.serve.http import TcpAddress, UnixAddress, raise_descriptor_limit
 from agent.serve.localhost_ports import LocalhostPorts
@@ -147,9 +148,7 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         for worker in (network, affinity, *([ports] if ports else ())):
             stack.callback(worker.stop)
             worker.start()
-        api = _api_server(
-            settings, loop, served, logger, failed=failed, owns_tables=bool(kernel.table_flags)
-        )
+        api = _api_server(settings, loop, served, logger, failed=failed, kernel=kernel)
         if api:
             stack.callback(api.stop)
             api.start()
@@ -318,7 +317,7 @@ def _api_server(
     logger: FilteringBoundLogger,
     *,
     failed: Callable[[str, Exception], None],
-    owns_tables: bool,
+    kernel: Kernel,
 ) -> ApiServer | None:
     """The read-only API, if it is asked for."""
     bind = settings.api()
@@ -326,6 +325,7 @@ def _api_server(
         return None
     # 1 MB of modules that an agent without the API does not need
     from agent.kernel.facts import collect, conntrack, with_state
+    from agent.kernel.lookups import kernel_elements
     from agent.serve.api import Api, ApiServer, Sources
     from rules.doctor import examine
 
@@ -340,7 +340,9 @@ def _api_server(
         examine=lambda state: examine(with_state(collect(), state)),
         conntrack=lambda: found[:2] if (found := conntrack()) else None,
         version=__version__,
-        owns_tables=owns_tables,
+        elements=kernel_elements,
+        difference=partial(difference, kernel=kernel),
+        owns_tables=bool(kernel.table_flags),
         started=time.time(),
     )
     return ApiServer(

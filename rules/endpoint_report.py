@@ -127,9 +127,17 @@ def _service(state: State, text: str) -> Service:
         raise QuestionError(f"{text!r}: write NAMESPACE/NAME, {hint}")
     if service := state.services.get(Name(namespace, name)):
         return service
-    near = difflib.get_close_matches(text, map(str, state.services), n=3)
+    near = _near(state.services, namespace, name)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise QuestionError(f"there is no Service {text}{hint}")
+
+
+def _near(known: Iterable[Name], namespace: str, name: str) -> list[str]:
+    """Services that were perhaps meant: of the same name elsewhere, or of a like name."""
+    same = sorted(str(k) for k in known if k.name == name)
+    here = {k.name: str(k) for k in known if k.namespace == namespace}
+    like = [here[n] for n in difflib.get_close_matches(name, here, n=3)]
+    return [*like, *same][:3]
 
 
 def _ports(service: Service, text: str) -> tuple[ServicePort, ...]:

@@ -58,6 +58,7 @@ def endpoint(
     zone: str | None = None,
     for_zones: Sequence[str] = (),
     for_nodes: Sequence[str] = (),
+    pod: str = "",
 ) -> dict[str, Any]:
     hints = {}
     if for_zones:
@@ -70,6 +71,7 @@ def endpoint(
         "nodeName": node,
         "zone": zone,
         "hints": hints,
+        **({"targetRef": {"kind": "Pod", "name": pod}} if pod else {}),
     }
 
 
@@ -108,21 +110,23 @@ def endpoint_slice(
     return result
 
 
-def node(
+def node_document(
     name: str = "node-1",
     *,
     addresses: Sequence[str] = ("172.31.0.2", "fd00:172:31::2"),
     zone: str = "",
     pod_cidrs: Sequence[str] = ("10.244.1.0/24", "fd00:10:244:1::/64"),
-) -> Node:
-    result = of(
-        {
-            "kind": "Node",
-            "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}},
-            "spec": {"podCIDRs": list(pod_cidrs)},
-            "status": {"addresses": [{"type": "InternalIP", "address": a} for a in addresses]},
-        }
-    )
+) -> dict[str, Any]:
+    return {
+        "kind": "Node",
+        "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}},
+        "spec": {"podCIDRs": list(pod_cidrs)},
+        "status": {"addresses": [{"type": "InternalIP", "address": a} for a in addresses]},
+    }
+
+
+def node(name: str = "node-1", **fields: Any) -> Node:
+    result = of(node_document(name, **fields))
     assert isinstance(result, Node)
     return result
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from agent.cli.client import Client, socket_flag
 from agent.cli.flags import from_flag, settings, settings_flags
 from agent.cli.output import output_flag, put
-from agent.cli.state import from_manifests
+from agent.cli.state import chosen_state
 from agent.kernel.facts import collect, with_state
 from rules.doctor import FAILED, OK, UNKNOWN, WARNING, Check, examine, worst
 
@@ -21,18 +24,25 @@ _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red", UNKNOWN: "dim"}
 
 @click.command("doctor")
 @from_flag
-@settings_flags("data plane")
+@socket_flag
+@settings_flags("data plane", "cluster")
 @output_flag
-def command(paths: tuple[str, ...], output: str, **flags: Any) -> None:
+def command(*, paths: tuple[str, ...], socket_path: str, output: str, **flags: Any) -> None:
     """Look for what on this node would break Services. Changes nothing.
 
-    With --from it also checks the Node and the endpoints in these manifests. Exit code 0 if all is
-    well, 1 if there is a warning or a failure, 2 if it cannot tell.
+    Asks the agent on this node, which knows the Node and the endpoints; without an agent it checks
+    the kernel alone. With manifests (--from) or a cluster (--kubeconfig) it takes the Node and the
+    endpoints from there. Exit code 0 if all is well, 1 if there is a warning or a failure, 2 if it
+    cannot tell.
     """
-    facts = collect()
-    if paths:
-        facts = with_state(facts, from_manifests(paths, settings(flags)[0]))
-    checks = examine(facts)
+    given = click.get_current_context().get_parameter_source("socket_path")
+    state = chosen_state(paths, settings(flags)[0])
+    if state:
+        checks = examine(with_state(collect(), state))
+    elif os.path.exists(socket_path) or given is not ParameterSource.DEFAULT:
+        checks = Client(socket_path).get("/v1/doctor", list[Check])
+    else:
+        checks = examine(collect())
     put(checks, output, lambda console: show(checks, console), (c.id for c in checks))
     raise SystemExit(1 if worst(checks) in (WARNING, FAILED) else 0)
 

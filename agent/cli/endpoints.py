@@ -13,7 +13,7 @@ from rich.table import Table
 from agent.cli.client import Client, socket_flag
 from agent.cli.flags import fail, from_flag, settings, settings_flags
 from agent.cli.output import output_flag, put, service_name
-from agent.cli.state import from_manifests
+from agent.cli.state import chosen_state
 from rules.endpoint_report import EndpointTable, PortTable, QuestionError, Row, Use, endpoints
 
 
@@ -22,7 +22,7 @@ from rules.endpoint_report import EndpointTable, PortTable, QuestionError, Row, 
 @click.option("-n", "--namespace", metavar="NAME", help="The namespace of NAME. [default: default]")
 @from_flag
 @socket_flag
-@settings_flags("data plane")
+@settings_flags("data plane", "cluster")
 @output_flag
 def command(
     service: str,
@@ -34,12 +34,13 @@ def command(
 ) -> None:
     """Show the endpoints of a Service, and which of them this node uses, and why.
 
-    Asks the agent on this node, or with --from reads manifests.
+    Asks the agent on this node, or reads manifests (--from) or a cluster (--kubeconfig).
     """
     question = service_name(service, namespace or "")
-    if paths:
+    state = chosen_state(paths, settings(flags)[0])
+    if state:
         try:
-            table = endpoints(from_manifests(paths, settings(flags)[0]), question)
+            table = endpoints(state, question)
         except QuestionError as error:
             fail(error)
     else:

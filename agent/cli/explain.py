@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -16,9 +16,9 @@ from rich.table import Table
 from agent.cli.client import Client, socket_flag
 from agent.cli.flags import fail, from_flag, settings, settings_flags
 from agent.cli.output import output_flag, put, service_name
-from agent.cli.state import from_manifests
+from agent.cli.state import chosen_state
 from agent.kernel.errors import KernelError
-from agent.kernel.tables import Kernel
+from agent.kernel.lookups import kernel_elements
 from rules.endpoint_report import QuestionError, endpoints
 from rules.explain import (
     Asked,
@@ -30,12 +30,9 @@ from rules.explain import (
     with_article,
 )
 from rules.frontends import Kind
-from rules.language import Set
 from rules.objects import Name
 from rules.service_report import ServiceLine, service_lines
 from rules.state import State
-from rules.tables import SETS
-from rules.text import Key, Value
 from rules.trace import Effect, End, Masquerade
 
 
@@ -44,7 +41,7 @@ from rules.trace import Effect, End, Masquerade
 @click.option("-n", "--namespace", metavar="NAME", help="The namespace of NAME. [default: default]")
 @from_flag
 @socket_flag
-@settings_flags("data plane")
+@settings_flags("data plane", "cluster")
 @click.option("--from-address", metavar="IP", help="Only for a client with this address.")
 @output_flag
 def command(
@@ -60,14 +57,13 @@ def command(
     """Explain the path of a packet: which Service, which endpoints, which source they see.
 
     A Service's name stands for all its addresses, but for node ports. Asks the agent on this node,
-    or with --from reads manifests; on a node that has sliceproxy's tables the answer is then from
-    the kernel's own elements. Exit code 0 if every client is sent to an endpoint, 1 if one is
-    refused or dropped or no Service has the address.
+    or reads manifests (--from) or a cluster (--kubeconfig). On a node that has sliceproxy's tables
+    the answer is from the kernel's own elements. Exit code 0 if every client is sent to an
+    endpoint, 1 if one is refused or dropped or no Service has the address.
     """
-    if paths:
-        found = _from_state(
-            from_manifests(paths, settings(flags)[0]), target, namespace, from_address
-        )
+    state = chosen_state(paths, settings(flags)[0])
+    if state:
+        found = _from_state(state, target, namespace, from_address)
     else:
         found = _from_agent(Client(socket_path), target, namespace, from_address)
     record = found[0] if len(found) == 1 else found
@@ -92,17 +88,17 @@ def _is_address(target: str) -> bool:
 def _from_state(
     state: State, target: str, namespace: str | None, client: str | None
 ) -> list[Explanation]:
-    elements = _elements_here(state)
+    addresses = [target]
     try:
-        if _is_address(target):
-            return [explain(state, target, client, elements)]
-        text = service_name(target, namespace or "")
-        name = Name(*text.split("/", 1))
-        if name not in state.services:
-            endpoints(state, text)  # raises the error that names what was perhaps meant
-        addresses = _addresses(service_lines(state, name))
-        return [explain(state, address, client, elements) for address in addresses]
-    except QuestionError as error:
+        if not _is_address(target):
+            text = service_name(target, namespace or "")
+            name = Name(*text.split("/", 1))
+            if name not in state.services:
+                endpoints(state, text)  # raises the error that names what was perhaps meant
+            addresses = _addresses(service_lines(state, name))
+        with kernel_elements() as elements:
+            return [explain(state, address, client, elements) for address in addresses]
+    except (QuestionError, KernelError) as error:
         fail(error)
 
 
@@ -135,22 +131,6 @@ def _show_all(found: Sequence[Explanation], console: Console) -> None:
         if number:
             console.print()
         show(explanation, console)
-
-
-def _elements_here(state: State) -> dict[Set, Mapping[Key, Value]] | None:
-    """The elements of our tables in this kernel; None if it has none or they are not readable."""
-    elements: dict[Set, Mapping[Key, Value]] = {}
-    try:
-        with Kernel(own=False) as kernel:
-            for table in state.tables():
-                if back := kernel.read_back(table.family):
-                    elements |= back.elements
-                    affinity = SETS[table.family].affinity
-                    if affinity.name in back.table.sets:
-                        elements[affinity] = kernel.elements(affinity)
-    except KernelError:
-        return None
-    return elements or None
 
 
 def show(explanation: Explanation, console: Console) -> None:

@@ -31,9 +31,6 @@ _CONFIG = click.option(
 _FROM_HELP = "A file or directory of manifests (YAML or JSON), or - for standard input. Repeatable."
 
 from_flag = click.option("--from", "paths", multiple=True, metavar="PATH", help=_FROM_HELP)
-required_from_flag = click.option(
-    "--from", "paths", multiple=True, required=True, metavar="PATH", help=_FROM_HELP
-)
 
 
 def fail(message: object) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from datetime import datetime
+from urllib.parse import quote
 
 import click
 from rich.console import Console
@@ -37,6 +38,8 @@ def command(
 ) -> None:
     """Show the changes that the agent on this node has programmed, of one Service or of all.
 
+    A Service that was deleted has a history, too. What was there when the agent started has none.
+
     With --follow and -o json or yaml, each batch of changes is a document of its own.
     """
     client = Client(socket_path)
@@ -45,6 +48,8 @@ def command(
         "since": _moment(since),
     }
     after = 0
+    if service and not client.get("/v1/history", list[Entry], {"service": query["service"]}):
+        client.raw(f"/v1/services/{quote(str(query['service']))}")  # an unknown name ends it here
     while True:
         entries = client.get("/v1/history", list[Entry], {**query, "after": after})
         if entries or not follow:

@@ -13,7 +13,7 @@ from agent.run import CannotRun, run
 
 @click.command("run")
 @from_flag
-@settings_flags("data plane", "tables", "agent", "conntrack")
+@settings_flags("data plane", "tables", "cluster", "agent", "conntrack")
 def command(*, paths: tuple[str, ...], **flags: Any) -> None:
     """Run the agent: keep this kernel's tables as the API server or the manifests say.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from rich.table import Table
 from agent.cli.client import Client, socket_flag
 from agent.cli.flags import from_flag, settings, settings_flags
 from agent.cli.output import output_flag, put
-from agent.cli.state import from_manifests
+from agent.cli.state import chosen_state
 from rules.service_report import NOT_PROXIED, SERVED, ServiceLine, services
+from rules.state import State
 
 _COLOURS = {SERVED: "green", NOT_PROXIED: "dim"}
 
@@ -24,7 +26,7 @@ _COLOURS = {SERVED: "green", NOT_PROXIED: "dim"}
 @click.option("-A", "--all-namespaces", is_flag=True, help="All namespaces, which is the default.")
 @from_flag
 @socket_flag
-@settings_flags("data plane")
+@settings_flags("data plane", "cluster")
 @output_flag
 def command(
     namespace: str | None,
@@ -36,16 +38,34 @@ def command(
 ) -> None:
     """Show every Service port: addresses, endpoints used of all, and what a client meets.
 
-    Asks the agent on this node, or with --from reads manifests.
+    Asks the agent on this node, or reads manifests (--from) or a cluster (--kubeconfig).
     """
     chosen = "" if all_namespaces else namespace or ""
-    if paths:
-        lines = services(from_manifests(paths, settings(flags)[0]), chosen)
+    state = chosen_state(paths, settings(flags)[0])
+    if state:
+        lines = services(state, chosen)
     else:
         query = {"namespace": chosen}
         lines = Client(socket_path).get("/v1/services", list[ServiceLine], query)
+    if chosen and not lines:
+        _suggest(chosen, state, socket_path)
     names = dict.fromkeys(f"service/{line.namespace}/{line.name}" for line in lines)
     put(lines, output, lambda console: show(lines, console, wide=output == "wide"), names)
+
+
+def _suggest(namespace: str, state: State | None, socket_path: str) -> None:
+    """Names the namespaces that were perhaps meant, on standard error."""
+    if state:
+        known = {name.namespace for name in state.services}
+    else:
+        known = {
+            line.namespace for line in Client(socket_path).get("/v1/services", list[ServiceLine])
+        }
+    if namespace in known:
+        return
+    near = difflib.get_close_matches(namespace, sorted(known))
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    click.echo(f"sliceproxy: no Service is in namespace {namespace}{hint}", err=True)
 
 
 def show(lines: Sequence[ServiceLine], console: Console, *, wide: bool = False) -> None:

@@ -1,6 +1,6 @@
-"""The State that a command works on.
+"""The State that a command works on: of manifests (`--from`), or of a cluster's lists.
 
-Today it is made from manifests (`--from`). Commands take a State and do not ask where it is from.
+Commands take a State and do not ask where it is from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,28 @@ from agent.cli.flags import fail
 from agent.config.settings import Settings
 from agent.sources.manifests.follower import Content, ManifestError, read
 from rules.events import Event, NodeAddresses, Upsert
+from rules.objects import InvalidObject
 from rules.state import State
+
+
+def chosen_state(
+    paths: Sequence[str],
+    settings: Settings,
+    *,
+    addresses: NodeAddresses | None = None,
+    whole: bool = False,
+) -> State | None:
+    """The State of what the flags name: manifests, or a cluster (--kubeconfig, --context or
+    --server). None if they name neither, so that the agent on this node is meant.
+
+    `addresses` and `whole` are as for `from_manifests`.
+    """
+    cluster = settings.kubeconfig or settings.context or settings.server
+    if paths and cluster:
+        fail("give either --from or --kubeconfig, --context or --server, not both")
+    if paths:
+        return from_manifests(paths, settings, addresses=addresses, whole=whole)
+    return from_cluster(settings, addresses=addresses) if cluster else None
 
 
 def from_manifests(
@@ -34,11 +55,35 @@ def from_manifests(
             f"cannot read all manifests ({', '.join(sorted(unread))}), so what is missing from"
             " them would look deleted; `run` programs nothing until it has read them all once"
         )
+    return _stepped(settings, [Upsert(o) for o in content.objects], addresses)
+
+
+def from_cluster(settings: Settings, *, addresses: NodeAddresses | None = None) -> State:
+    """A stepped State of what an API server has now, as the agent on the node --node sees it.
+
+    The command ends if anything that the agent needs cannot be listed.
+    """
+    from agent.sources.kubernetes.connection import ConnectError, connect
+    from agent.sources.kubernetes.listing import listed
+
+    chosen = settings.options()
+
+    def unusable(found: InvalidObject) -> None:
+        click.echo(f"sliceproxy: {found.subject}: {found.reason}", err=True)
+
+    try:
+        connection = connect(settings.kubeconfig, settings.context, settings.server)
+        events = list(listed(connection, chosen.node, chosen.proxy_name, unusable))
+    except ConnectError as error:
+        fail(error)
+    return _stepped(settings, events, addresses)
+
+
+def _stepped(settings: Settings, events: Sequence[Event], addresses: NodeAddresses | None) -> State:
     state = State(settings.options())
-    events: list[Event] = [Upsert(o) for o in content.objects]
-    if addresses:
-        events.append(addresses)
     state.apply(events)
+    if addresses:
+        state.apply([addresses])
     state.step()
     for problem in state.problems.open():
         click.echo(f"sliceproxy: {problem.code}: {problem.subject}: {problem.text}", err=True)

@@ -28,7 +28,7 @@ from rules.options import DetectLocalMode, Options
 HEALTHZ_PORT, METRICS_PORT, API_PORT = 10256, 10249, 10255
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-Group = Literal["data plane", "tables", "agent", "conntrack"]
+Group = Literal["data plane", "tables", "cluster", "agent", "conntrack"]
 """Which commands have the flag: all that compute rules (`data plane`), those of them that may
 write tables (`tables`), `run` alone (`agent`), `run` and `init` (`conntrack`)."""
 
@@ -93,19 +93,19 @@ class Settings(
     kubeconfig: Annotated[
         str | None,
         Option(
-            "agent",
+            "cluster",
             "How to reach the API server, without `--from`.",
             "`$KUBECONFIG`, else the pod's service account, else `~/.kube/config`",
             metavar="FILE",
         ),
     ] = None
     context: Annotated[
-        str | None, Option("agent", "A context of the kubeconfig.", "its current one")
+        str | None, Option("cluster", "A context of the kubeconfig.", "its current one")
     ] = None
     server: Annotated[
         str | None,
         Option(
-            "agent",
+            "cluster",
             "The API server's own address. In a pod the default is a Service IP, unreachable"
             " until a proxy runs.",
             "as the kubeconfig or the service account says",

@@ -22,9 +22,18 @@ from agent.kernel.errors import Full, KernelError, NotPermitted, OwnedByOther, R
 from agent.kernel.socket import Failure, Interrupted, NetlinkSocket
 from rules.diff import Change, Elements
 from rules.language import Chain, Set, Table
-from rules.netlink.attributes import Malformed, attributes, fields, includes, integer, string, text
+from rules.netlink.attributes import (
+    Malformed,
+    attributes,
+    fields,
+    includes,
+    integer,
+    nest,
+    string,
+    text,
+)
 from rules.netlink.batch import Batch, chain_body, content, nft_type
-from rules.netlink.elements import decode_elements, join_ranges
+from rules.netlink.elements import decode_elements, encode_keys, join_ranges
 from rules.netlink.expressions import rule_body
 from rules.netlink.messages import NLM_F_DUMP
 from rules.netlink.nftables import (
@@ -288,6 +297,30 @@ class Kernel:
             if text(found[NFTA_SET_NAME]) == owner.name:
                 told = found.get(NFTA_SET_COUNT)
                 return len(self.elements(owner)) if told is None else integer(told)
+        return None
+
+    def set_names(self, family: int) -> frozenset[str]:
+        """The names of the sets of our table; none if there is no table."""
+        bodies = self.dump(NFT_MSG_GETSET, family, string(NFTA_SET_TABLE, TABLE))
+        with _well_formed():
+            return frozenset(text(fields(body)[NFTA_SET_NAME]) for body in bodies)
+
+    def element(self, owner: Set, key: Key) -> Element | None:
+        """The element that has this key; None if there is none. Not for sets of ranges."""
+        request = string(NFTA_SET_ELEM_LIST_TABLE, TABLE)
+        request += string(NFTA_SET_ELEM_LIST_SET, owner.name)
+        request += nest(NFTA_SET_ELEM_LIST_ELEMENTS, *encode_keys(owner, [(key, None)]))
+        try:
+            bodies = list(self._ask(NFT_MSG_GETSETELEM, owner.family, request, 0))
+        except Stale as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        with _well_formed():
+            for body in bodies:
+                for kind, payload in attributes(body):
+                    if kind == NFTA_SET_ELEM_LIST_ELEMENTS:
+                        return next(decode_elements(owner, payload), None)
         return None
 
     def elements(self, owner: Set) -> dict[Key, Value]:

@@ -1,7 +1,8 @@
 """The agent's read-only API: JSON over HTTP on a unix socket and, if asked for, a loopback address.
 
 Every answer is computed from a snapshot that the loop hands over between two transactions, in the
-thread of this server; nothing here walks the live state. docs/api.md documents the paths. They are
+thread of this server; nothing here walks the live state. An explanation and a difference also read
+the kernel, over a socket of their own. docs/api.md documents the paths. They are
 versioned: within v1 fields may be added, and none is removed or changes its meaning.
 
 On TCP the Host header must name a loopback address or the bound one, so that no web page can read
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from urllib.parse import parse_qsl, unquote
 import msgspec
 import structlog
 
+from agent.kernel.errors import KernelError
 from agent.serve.health import Heartbeat
 from agent.serve.http import (
     HttpAnswer,
@@ -32,6 +35,7 @@ from agent.serve.http import (
     UnixAddress,
 )
 from agent.worker import Failed
+from rules.diff import Elements
 from rules.doctor import Check
 from rules.endpoint_report import QuestionError, endpoints
 from rules.explain import explain
@@ -46,6 +50,8 @@ SNAPSHOT_SECONDS = 5.0
 """How long an answer waits for the loop, which may be busy with a large change."""
 LIMITS = Limits(connections=32, listener_connections=16)
 METHODS = ("GET", "HEAD")
+_AT_ONCE = 200
+"""So many items of a list are encoded in one call, which other threads have to wait for."""
 
 _JSON = (
     ("Content-Type", "application/json"),
@@ -130,12 +136,19 @@ class Status(msgspec.Struct, frozen=True):
     options: dict[str, str]
 
 
+class Difference(msgspec.Struct, frozen=True):
+    """The answer at /v1/diff: the nft commands that make the kernel what the agent wants."""
+
+    commands: tuple[str, ...]
+
+
 class Sources(NamedTuple):
     """Where the answers come from.
 
     `ask` hands over a function that is called with a snapshot, once the loop has one. `watches`
     are the source's, `options` what the operator chose, `examine` the doctor's checks of this node
-    with a snapshot.
+    with a snapshot. `elements` are the kernel's, None if it has no tables. `difference` has the
+    commands that would bring the kernel to a snapshot.
     """
 
     ask: Callable[[Callable[[State], None]], None]
@@ -145,6 +158,8 @@ class Sources(NamedTuple):
     options: Mapping[str, str]
     examine: Callable[[State], list[Check]]
     conntrack: Callable[[], tuple[int, int] | None]
+    elements: Callable[[], AbstractContextManager[Elements | None]]
+    difference: Callable[[State], Iterable[str]]
     version: str
     owns_tables: bool
     started: float
@@ -160,6 +175,8 @@ class Api:
         self._sources = sources
         self._last: State | None = None
         self._generation = 0
+        self._services: dict[str, bytes] = {}
+        """The answers at /v1/services of this generation, by namespace."""
 
     def answer(self, request: HttpRequest) -> HttpAnswer:
         """The answer to a request, an error as JSON with a status of its own."""
@@ -171,6 +188,10 @@ class Api:
             return _json(error.status, {"error": str(error)})
         except QuestionError as error:
             return _json(400, {"error": str(error)})
+        except KernelError as error:
+            return _json(503, {"error": f"the kernel's tables cannot be read: {error}"})
+        if isinstance(body, bytes):
+            return HttpAnswer(200, _JSON, body)
         return _json(200, body)
 
     def _body(self, path: str, query: dict[str, str]) -> object:
@@ -180,7 +201,7 @@ class Api:
                 return self.status(**_only(query))
             case ["v1", "services"]:
                 query = _only(query, "namespace")
-                return services(self._snapshot(), query.get("namespace", ""))
+                return self._lines(query.get("namespace", ""))
             case ["v1", "services", namespace, name]:
                 query = _only(query, "port")
                 port = f":{query['port']}" if "port" in query else ""
@@ -189,7 +210,12 @@ class Api:
                 query = _only(query, "target", "from")
                 if "target" not in query:
                     raise ApiError(400, "give ?target=ADDRESS:PORT[/udp|/sctp]")
-                return explain(self._snapshot(), query["target"], query.get("from"))
+                state = self._stepped()
+                with self._sources.elements() as elements:
+                    return explain(state, query["target"], query.get("from"), elements)
+            case ["v1", "diff"]:
+                _only(query)
+                return Difference(tuple(self._sources.difference(self._stepped())))
             case ["v1", "history"]:
                 query = _only(query, "service", "since", "after", "limit")
                 return self._history(query)
@@ -242,9 +268,17 @@ class Api:
 
     def _endpoints(self, question: str) -> object:
         try:
-            return endpoints(self._snapshot(), question)
+            return endpoints(self._stepped(), question)
         except QuestionError as error:
             raise ApiError(404, str(error)) from None
+
+    def _lines(self, namespace: str) -> bytes:
+        """The Services' lines as JSON. Readers poll them, and they are the same until the state
+        changes."""
+        state = self._stepped()
+        if namespace not in self._services:
+            self._services[namespace] = _encoded(services(state, namespace))
+        return self._services[namespace]
 
     def _history(self, query: dict[str, str]) -> object:
         try:
@@ -256,6 +290,13 @@ class Api:
             )
         except ValueError as error:
             raise ApiError(400, f"since, after and limit are numbers: {error}") from None
+
+    def _stepped(self) -> State:
+        """A snapshot that has programs. Raises ApiError until there are some."""
+        state = self._snapshot()
+        if not state.stepped:
+            raise ApiError(503, "the agent has not read everything yet; see `sliceproxy status`")
+        return state
 
     def _snapshot(self) -> State:
         """The state as it is now. Raises ApiError if the loop has no time for it."""
@@ -269,6 +310,7 @@ class Api:
         if state is not self._last:
             self._last = state
             self._generation += 1
+            self._services.clear()
         return state
 
 
@@ -287,6 +329,15 @@ def _problems(found: Iterable[Problem]) -> list[ProblemRecord]:
 
 def _json(status: int, body: object) -> HttpAnswer:
     return HttpAnswer(status, _JSON, msgspec.json.encode(body))
+
+
+def _encoded(items: Sequence[object]) -> bytes:
+    """A list as JSON, encoded a part at a time: msgspec does not let other threads run."""
+    parts = [
+        msgspec.json.encode(items[first : first + _AT_ONCE])[1:-1]
+        for first in range(0, len(items), _AT_ONCE)
+    ]
+    return b"[" + b",".join(parts) + b"]"
 
 
 def _page() -> bytes:

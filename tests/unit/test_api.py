@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -17,6 +18,8 @@ import pytest
 import structlog
 
 from agent.cli.client import NO_AGENT, Client
+from agent.config.settings import Settings
+from agent.kernel.errors import Refused
 from agent.serve.api import Api, ApiServer, Sources, Status
 from agent.serve.health import Heartbeat
 from agent.serve.http import HttpRequest, TcpAddress, UnixAddress
@@ -24,6 +27,7 @@ from rules.doctor import Check
 from rules.events import Synced, Upsert
 from rules.history import History
 from rules.objects import Object
+from rules.service_report import services
 from rules.state import State
 from tests.manifest import endpoint, endpoint_slice, node, service
 from tests.unit.test_endpoints import stepped
@@ -48,6 +52,8 @@ class Agent:
                 options={"node": "node-1"},
                 examine=lambda _: [Check("kernel", "The kernel", "ok", "fine")],
                 conntrack=lambda: (7, 100),
+                elements=lambda: nullcontext(None),
+                difference=lambda _: ["add element"],
                 version="1.2.3",
                 owns_tables=True,
                 started=1_800_000_000.0,
@@ -208,3 +214,33 @@ def test_the_page_is_one_file_that_may_load_nothing_from_elsewhere(
     text = answer.read().decode()
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in text
+
+
+def test_before_everything_is_read_the_status_alone_answers() -> None:
+    """What an agent has not programmed yet would look as if it were not proxied."""
+    agent = Agent()
+    agent.state = State(Settings(node="node-1").options())
+    agent.state.apply(Upsert(o) for o in WEB)
+    assert agent.get("/v1/status")[0] == 200
+    for path in ("/v1/services", "/v1/services/default/web", "/v1/diff"):
+        code, body = agent.get(path)
+        assert (code, "has not read everything" in body["error"]) == (503, True)
+
+
+def test_a_long_list_is_encoded_in_parts_and_kept_until_the_state_changes() -> None:
+    agent = Agent(*(service(f"s{i}", cluster_ips=[f"10.96.1.{i % 250}"]) for i in range(450)))
+    lines = agent.get("/v1/services")[1]
+    assert lines == json.loads(msgspec.json.encode(services(agent.take())))
+    assert len(lines) == 450
+    agent.change(service("new", cluster_ips=["10.96.9.9"]))
+    assert len(agent.get("/v1/services")[1]) == 451
+
+
+def test_a_kernel_that_cannot_be_read_is_503_with_its_words() -> None:
+    def refuse() -> AbstractContextManager[None]:
+        raise Refused(1, "reading the tables")
+
+    agent = Agent(*WEB)
+    agent.api = Api(agent.api._sources._replace(elements=refuse))
+    code, body = agent.get("/v1/explain", target="10.96.0.10:80")
+    assert (code, "the kernel's tables cannot be read" in body["error"]) == (503, True)

@@ -15,14 +15,14 @@ from agent.config.settings import OPTIONS
 from tests import manifest
 
 GROUPS = {
-    "run": {"data plane", "tables", "agent", "conntrack"},
+    "run": {"data plane", "tables", "cluster", "agent", "conntrack"},
     "init": {"conntrack"},
-    "render": {"data plane"},
-    "diff": {"data plane", "tables"},
-    "endpoints": {"data plane"},
-    "explain": {"data plane"},
-    "doctor": {"data plane"},
-    "services": {"data plane"},
+    "render": {"data plane", "cluster"},
+    "diff": {"data plane", "tables", "cluster"},
+    "endpoints": {"data plane", "cluster"},
+    "explain": {"data plane", "cluster"},
+    "doctor": {"data plane", "cluster"},
+    "services": {"data plane", "cluster"},
     "status": set(),
     "history": set(),
     "flows": {"data plane"},
