@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.sources.kubernetes.formats import (
@@ -25,20 +24,13 @@ from agent.sources.kubernetes.reflector import Reflector, RequestType, resources
 from rules import decode, decode_protobuf
 from rules.objects import InvalidObject, Object
 from tests.cluster import protobuf
+from tests.fuzzing import fuzzed
 from tests.http_recording import body_of
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 LISTS = sorted(RECORDINGS.glob("*list-*.json"))
 RAW = sorted((RECORDINGS / "raw").glob("*.http"))
 KINDS = ("Service", "EndpointSlice", "Node", "ServiceCIDR")
-FUZZ = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-"""How many examples to try in each test, at random; by default a few that are always the same."""
-
-
-def fuzzed(examples: int) -> settings:
-    return settings(
-        derandomize=not FUZZ, deadline=None, database=None, max_examples=FUZZ or examples
-    )
 
 
 def in_json(kind: str, document: dict[str, Any]) -> Object:
@@ -213,7 +205,7 @@ def outcome(decoder: Any, kind: str, document: dict[str, Any]) -> object:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@fuzzed(300)
+@fuzzed(100)
 @given(data=st.data())
 def test_generated_objects(kind: str, data: st.DataObject) -> None:
     document = data.draw(DOCUMENTS[kind])
@@ -262,7 +254,7 @@ def test_text_that_is_not_utf_8_is_invalid(field: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-@fuzzed(300)
+@fuzzed(100)
 @given(data=st.data())
 def test_a_damaged_message_is_a_record_or_one_invalid_object(
     kind: str, data: st.DataObject
@@ -317,7 +309,7 @@ def head_of(format_: Format) -> str:
 
 
 @pytest.mark.parametrize("path", RAW, ids=lambda p: p.name.removesuffix(".http"))
-@fuzzed(40)
+@fuzzed(20)
 @given(data=st.data())
 def test_damaged_recordings_never_raise(path: Path, data: st.DataObject) -> None:
     """Lists and streams with damage anywhere, as if of either format."""

@@ -30,6 +30,7 @@ from rules.netlink.messages import NLMSG_HEADER, error_of, message, messages
 from rules.netlink.nftables import NFTA_LIST_ELEM
 from rules.stale_flows import Flow
 from rules.tables import SETS
+from tests.fuzzing import fuzzed
 from tests.unit.test_conntrack import CLIENT, VIP, A, entry
 
 SETS_OF_ALL_KINDS = [s for sets in SETS.values() for s in (*sets.always, *sets.sticky)]
@@ -72,6 +73,7 @@ def survives(function: Callable[[], Any]) -> None:
         function()
 
 
+@fuzzed(100)
 @given(garbage)
 @example(b"\x04\x00\x01\x00" * 3)
 @example(b"\x00\x00\x00\x00")
@@ -81,6 +83,7 @@ def test_attributes(data: bytes) -> None:
     survives(lambda: [text(payload) + str(integer(payload)) for _, payload in attributes(data)])
 
 
+@fuzzed(100)
 @given(garbage, garbage)
 def test_comparing(theirs: bytes, ours: bytes) -> None:
     """Ours are well formed in practice; what the kernel says need not be."""
@@ -92,6 +95,7 @@ _seed_messages = message(0x0A0C, 0, 7, b"\x02\0\0\0" + attribute(1, b"sliceproxy
 )
 
 
+@fuzzed(100)
 @given(st.binary(max_size=100) | _mutated(_seed_messages))
 def test_messages(data: bytes) -> None:
     def read() -> None:
@@ -105,6 +109,7 @@ def test_messages(data: bytes) -> None:
     survives(read)
 
 
+@fuzzed(100)
 @given(kind=st.integers(0, 0xFFFF), content=garbage)
 def test_what_the_watcher_reads(kind: int, content: bytes) -> None:
     survives(lambda: watcher._is_ours(kind, content))
@@ -119,6 +124,7 @@ def _value(owner: Any) -> Any:
 
 
 @pytest.mark.parametrize("owner", SETS_OF_ALL_KINDS, ids=lambda s: f"{s.name}-{s.family}")
+@fuzzed(20)
 @given(data=st.data())
 def test_elements(owner: Any, data: st.DataObject) -> None:
     three = [(bytes([n]) * owner.key_length, _value(owner)) for n in (1, 2, 3)]
@@ -146,6 +152,7 @@ def test_elements_read_by_strides_are_those_read_one_by_one(owner: Any) -> None:
 _entry = entry(Flow(CLIENT, VIP, A))
 
 
+@fuzzed(100)
 @given(st.sampled_from([2, 10, 0]), garbage | _mutated(_entry))
 @example(2, b"")
 def test_conntrack_entries(family: int, content: bytes) -> None:

@@ -156,13 +156,13 @@ def test_a_directory_gives_its_own_manifests_in_order(tmp_path: Path) -> None:
 
 
 def test_a_large_json_list_is_complete(tmp_path: Path) -> None:
-    items = [endpoint_slice(f"s-{i}", endpoints=1000) for i in range(400)]
+    items = [endpoint_slice(f"s-{i}", endpoints=1000) for i in range(100)]
     path = tmp_path / "large.json"
     path.write_text(json.dumps({"kind": "List", "items": items}))
-    assert path.stat().st_size > 20e6
+    assert path.stat().st_size > 5e6
     content = read([str(path)])
     assert content.problems == []
-    assert names(content) == [f"web/s-{i}" for i in range(400)]
+    assert names(content) == [f"web/s-{i}" for i in range(100)]
     assert all(len(object.endpoints) == 1000 for object in content.objects)  # type: ignore[union-attr]
 
 
