@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,10 @@ from lab.hosts import BOTH_FAMILIES, Host, WorldError
 
 _RT_SCOPE_LINK = 253
 _RT_SCOPE_HOST = 254
+_RT_TABLE_LOCAL = 255
+_RTN_LOCAL = 2
 _IFA_F_NODAD = 0x02
+_WORKER_SECONDS = 30
 _POD_GATEWAY_IPV4 = "169.254.1.1"
 _POD_GATEWAY_IPV6 = "fe80::1"
 
@@ -148,7 +152,6 @@ def add_address(
     """Adds an address to an interface; it is usable at once."""
     attributes: dict[str, Any] = {}
     if address.version == 6:
-        # Usable at once: even with accept_dad=0 an address is tentative until a kernel worker ran.
         attributes["flags"] = _IFA_F_NODAD
     elif scope is not None:
         attributes["scope"] = scope
@@ -156,13 +159,34 @@ def add_address(
         # Masquerading towards a pod falls back to the addresses of lo first, and would take a
         # service address of wider scope for the node's own.
         attributes["scope"] = _RT_SCOPE_HOST
+    index = interface_index(iproute, interface)
     iproute.addr(
         "add",
-        index=interface_index(iproute, interface),
+        index=index,
         address=str(address.ip),
         prefixlen=address.network.prefixlen,
         **attributes,
     )
+    if address.version == 6:
+        _wait_until_local(iproute, index, str(address.ip))
+
+
+def _wait_until_local(iproute: IPRoute, index: int, address: str) -> None:
+    """Returns when the kernel receives packets to this new IPv6 address.
+
+    Even without duplicate address detection a kernel worker does that some time later
+    (`addrconf_dad_work`): it joins the group of neighbour solicitations, then adds the local
+    route. A solicitation that arrives earlier is lost, and repeated after a second.
+    """
+    deadline = time.monotonic() + _WORKER_SECONDS
+    while not any(
+        (route["type"], route.get_attr("RTA_OIF"), route.get_attr("RTA_DST"))
+        == (_RTN_LOCAL, index, address)
+        for route in iproute.get_routes(family=socket.AF_INET6, table=_RT_TABLE_LOCAL)
+    ):
+        if time.monotonic() > deadline:
+            raise WorldError(f"the kernel has not added the local route of {address}: is it up?")
+        time.sleep(0.001)
 
 
 def _add_route(
