@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,9 +77,11 @@ class Problems(list[str]):
     """Unusable values of an object that is otherwise valid."""
 
     def usable(
-        self, where: str, parse: Callable[[str], _T], texts: Iterable[str]
+        self, where: str, parse: Callable[[str], _T], texts: Sequence[str]
     ) -> tuple[_T, ...]:
         """The values of `texts` that parse, once each, in their order."""
+        if not texts:
+            return ()
         parsed: dict[_T, None] = {}
         for text in texts:
             try:
@@ -216,9 +218,11 @@ def _source_ranges(spec: Any, problems: Problems) -> tuple[Network, ...]:
     Without any range an address is open to all sources. So a list of which no range parses
     becomes one that no source matches.
     """
-    texts = spec.load_balancer_source_ranges or ()
+    texts = spec.load_balancer_source_ranges
+    if not texts:
+        return ()
     ranges = problems.usable("spec.loadBalancerSourceRanges", parse_network, texts)
-    if texts and not ranges:
+    if not ranges:
         problems.append("spec.loadBalancerSourceRanges: no usable range; all sources are refused")
         return (ipaddress.ip_network("0.0.0.0/32"), ipaddress.ip_network("::/128"))
     four = [n for n in ranges if isinstance(n, ipaddress.IPv4Network)]

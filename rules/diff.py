@@ -56,6 +56,12 @@ class Change:
         """Notes an element to add."""
         self.added.setdefault(owner, []).append((key, value))
 
+    def add_slots(self, owner: Set, key: Key, slots: Slots) -> None:
+        """Notes all slots of a new list: most of a start's elements."""
+        self.added.setdefault(owner, []).extend(
+            [(key + _slot(index), target) for index, target in enumerate(slots)]
+        )
+
     @property
     def operations(self) -> int:
         """How many elements it deletes and adds."""
@@ -196,8 +202,8 @@ def advance(
             lost = lost or bool(had_slots)
             for index, target in enumerate(had_slots):
                 change.remove(owner, claim.key + _slot(index), target)
-            for index, target in enumerate(has_slots):
-                change.add(owner, claim.key + _slot(index), target)
+            if has_slots:
+                change.add_slots(owner, claim.key, has_slots)
     had = before.wanted.elements if before else frozenset()
     wants = after.wanted.elements if after else frozenset()
     for element in had - wants:
