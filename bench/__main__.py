@@ -21,9 +21,12 @@ Measures sliceproxy as an operator would, in network namespaces of its own (root
 load          process start to all programmed; CPU, peak memory, the kernel's part
 restart       killed and started again with nothing changed
 memory, idle  what it holds and uses while nothing happens
+churn         every endpoint replaced, one by one, over a minute
 change        one endpoint replaced: event in the socket to notification; CPU for it
 burst         all endpoints of all Services replaced at once
 first-packet  what a connection's first packet through a cluster IP takes longer
+connections   opened a second, and the throughput of one, with our rules, others and none
+conntrack     a UDP endpoint goes while the table holds a million flows
 growth        load at more sizes, for the curve
 all           all of these, then profile and report (under 15 minutes)
 
@@ -63,7 +66,8 @@ def _arguments() -> argparse.Namespace:
         nargs="?",
         default="all",
         choices=(
-            *("load", "restart", "memory", "idle", "change", "burst", "first-packet", "growth"),
+            *("load", "restart", "memory", "idle", "change", "churn", "burst", "first-packet"),
+            *("growth", "connections", "conntrack"),
             *("all", "profile", "report", "compare"),
         ),
     )
@@ -87,7 +91,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    from bench import first_packet, profiling
+    from bench import connections, conntrack, first_packet, profiling
     from bench.measure import MEASURES, Repeats, measure
     from bench.objects import Size
     from bench.process import MeasureError
@@ -112,11 +116,18 @@ def _measure(arguments: argparse.Namespace) -> int:
             measure(wanted, size, repeats, results, **how)
         if everything or "first-packet" in chosen:
             first_packet.measure(sizes, results, quick=arguments.quick)
+        if everything or "connections" in chosen:
+            rounds, seconds = (2, 0.5) if arguments.quick else (5, 1.0)
+            connections.measure(sizes[0], results, rounds=rounds, seconds=seconds)
+        if everything or "conntrack" in chosen:
+            conntrack.measure(
+                results, flows=conntrack.QUICK_FLOWS if arguments.quick else conntrack.FLOWS
+            )
         if "growth" in chosen or (everything and not arguments.quick):
-            few = repeats._replace(loads=1, changes=100)
+            few = repeats._replace(loads=1, restarts=1, changes=100)
             results.prefix = "growth-"
             for text in GROWTH_SIZES if not arguments.size else arguments.size.split(","):
-                measure({"load", "change"}, Size.parse(text), few, results, **how)
+                measure({"load", "restart", "change"}, Size.parse(text), few, results, **how)
             results.prefix = ""
         if everything or "profile" in chosen:
             profiling.measure(sizes, arguments.output)

@@ -14,19 +14,23 @@ from collections.abc import Sequence
 _OTHERS = int(ipaddress.IPv4Address("10.97.0.0"))
 
 
-def ruleset(address: str, port: int, targets: Sequence[str], services: int) -> str:
-    """A table for nft: the Service at `address` and UDP `port`, and others.
+def ruleset(
+    address: str, port: int, targets: Sequence[str], services: int, protocol: str = "udp"
+) -> str:
+    """A table for nft: the Service at `address` and `port`, and others.
 
     targets: address:port of each of its endpoints, two at least.
     """
     others = [str(ipaddress.IPv4Address(_OTHERS + n)) for n in range(services - 1)]
     addresses = [address, *others]
     chains = [
-        _service("asked", address, port, len(targets)),
-        *(_service(str(n), other, port, 2) for n, other in enumerate(others)),
+        _service("asked", address, f"{protocol} dport {port}", len(targets)),
+        *(_service(str(n), other, f"{protocol} dport {port}", 2) for n, other in enumerate(others)),
     ]
-    verdicts = [f"{address} . udp . {port} : goto service-asked"]
-    verdicts += [f"{other} . udp . {port} : goto service-{n}" for n, other in enumerate(others)]
+    verdicts = [f"{address} . {protocol} . {port} : goto service-asked"]
+    verdicts += [
+        f"{other} . {protocol} . {port} : goto service-{n}" for n, other in enumerate(others)
+    ]
     return "\n".join(
         (
             "table ip kube-proxy {",
@@ -38,7 +42,7 @@ def ruleset(address: str, port: int, targets: Sequence[str], services: int) -> s
             f"set cluster-ips {{ type ipv4_addr; elements = {{ {', '.join(addresses)} }}; }}",
             "set nodeport-ips { type ipv4_addr; }",
             "chain mark-for-masquerade { meta mark set meta mark or 0x4000; }",
-            *(_endpoint(n, target) for n, target in enumerate(targets)),
+            *(_endpoint(n, target, protocol) for n, target in enumerate(targets)),
             *chains,
             _SHARED,
             "}",
@@ -51,21 +55,21 @@ def _map(name: str, key: str, elements: Sequence[str] = ()) -> str:
     return f"map {name} {{ type {key} : verdict; {content} }}"
 
 
-def _service(name: str, address: str, port: int, endpoints: int) -> str:
+def _service(name: str, address: str, port: str, endpoints: int) -> str:
     verdicts = ", ".join(f"{n} : goto endpoint-{n}" for n in range(endpoints))
     return (
         f"chain service-{name} {{\n"
         # clients outside the cluster CIDR are masqueraded; here there are none
-        f"ip daddr {address} udp dport {port} ip saddr != 0.0.0.0/0 jump mark-for-masquerade\n"
+        f"ip daddr {address} {port} ip saddr != 0.0.0.0/0 jump mark-for-masquerade\n"
         f"numgen random mod {endpoints} vmap {{ {verdicts} }}\n}}"
     )
 
 
-def _endpoint(number: int, target: str) -> str:
+def _endpoint(number: int, target: str, protocol: str) -> str:
     return (
         f"chain endpoint-{number} {{\n"
         f"ip saddr {target.partition(':')[0]} jump mark-for-masquerade\n"
-        f"meta l4proto udp dnat to {target}\n}}"
+        f"meta l4proto {protocol} dnat to {target}\n}}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +29,12 @@ from lab.world import World
 
 SETTLE_SECONDS = 1.0
 PAUSE_SECONDS = 0.004
-_CHANGED, _BURST = 20, 32
-"""First octets of addresses that come by single changes and, from there on, by bursts."""
+_CHANGED, _BURST, _CHURN = 20, 32, 64
+"""First octets of addresses that come by single changes and, from there on, by bursts and churn."""
+_MOST_CHURN = 50_000
+"""Endpoints that are replaced one by one; of larger sizes this takes too long to prepare."""
 
-MEASURES = ("load", "restart", "memory", "idle", "change", "burst")
+MEASURES = ("load", "restart", "memory", "idle", "change", "churn", "burst")
 
 
 class Repeats(NamedTuple):
@@ -42,10 +45,11 @@ class Repeats(NamedTuple):
     changes: int = 300
     bursts: int = 3
     idle_seconds: float = 30.0
+    churn_seconds: float = 60.0
 
     @classmethod
     def few(cls) -> Repeats:
-        return cls(1, 1, 50, 1, 3.0)
+        return cls(1, 1, 50, 1, 3.0, 5.0)
 
 
 class Setting:
@@ -93,6 +97,8 @@ def measure(names: set[str], size: Size, repeats: Repeats, results: Results, **h
                 idle(made, process, repeats, results, before)
             if "change" in names:
                 change(made, process, repeats, results, before)
+            if "churn" in names and size.total <= _MOST_CHURN:
+                churn(made, process, repeats, results, before)
             if "burst" in names:
                 burst(made, process, repeats, results, before)
 
@@ -266,4 +272,47 @@ def burst(
         [before, yardstick()],
         transactions=statistics.median(transactions),
         event_bytes=len(data),
+    )
+
+
+def churn(
+    made: Setting, process: Process, repeats: Repeats, results: Results, before: dict[str, float]
+) -> None:
+    """Every pod replaced by another, one event each, evenly over `churn_seconds`."""
+    cluster, events, addresses = made.cluster, list[bytes](), dict[int, list[str]]()
+    for position in range(cluster.size.endpoints):
+        for index in range(cluster.size.services):
+            now = addresses.setdefault(index, cluster.addresses(index))
+            now[position] = generation(_CHURN, len(events))
+            events.append(chunk(cluster.change(index, now)[position // PER_SLICE]))
+    sent, heard = [0.0] * len(events), [0.0] * len(events)
+    used = cpu_seconds(process.pid)
+
+    def send() -> None:
+        for number, data in enumerate(events):
+            due = started + number * repeats.churn_seconds / len(events)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            sent[number] = time.perf_counter()
+            made.server.push("endpointslices", data)
+
+    with Listener(made.world) as listener:
+        started = time.perf_counter()
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        listener.wait_for_all(data_pattern(_CHURN, PORT), heard, repeats.churn_seconds * 2 + 60)
+        took = time.perf_counter() - started
+        sender.join()
+    share = (cpu_seconds(process.pid) - used) / took
+    times = [(at - begin) * 1e3 for at, begin in zip(heard, sent, strict=True)]
+    results.add(
+        "churn",
+        str(cluster.size),
+        {
+            "latency": metric(times, "ms"),
+            "cpu": metric([share * 100], "% of a core"),
+            "received": metric([sum(map(len, events)) / 1e6], "MB"),
+        },
+        [before, yardstick()],
+        seconds=took,
+        changes=len(events),
     )

@@ -167,6 +167,21 @@ class Listener:
 
         return self.wait_until(enough, seconds)
 
+    def wait_for_all(self, pattern: re.Pattern[bytes], heard: list[float], seconds: float) -> None:
+        """Notes for each number in a match (its group) when the first notification with it came."""
+        left = len(heard)
+
+        def enough(data: bytes) -> bool:
+            nonlocal left
+            for match in pattern.finditer(data):
+                number = int.from_bytes(match[1])
+                if number < len(heard) and not heard[number]:
+                    heard[number] = time.perf_counter()
+                    left -= 1
+            return not left
+
+        self.wait_until(enough, seconds)
+
     def wait_until(self, enough: Callable[[bytes], bool], seconds: float) -> float:
         deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)
@@ -183,10 +198,10 @@ class Listener:
 
 
 def data_pattern(octet: int, port: int) -> re.Pattern[bytes]:
-    """An IPv4 target octet.x.x.x:port as the data of an element."""
+    """An IPv4 target octet.x.x.x:port as the data of an element; the group is x.x.x."""
     behind = packed_port(port)
     head = b"\x0c\0\1\0" + bytes((octet,))
-    return re.compile(re.escape(head) + b"..." + re.escape(behind), re.DOTALL)
+    return re.compile(re.escape(head) + b"(...)" + re.escape(behind), re.DOTALL)
 
 
 def versions() -> Mapping[str, str]:

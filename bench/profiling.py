@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,6 +115,34 @@ def one_start(size: Size, *, profiled: bool) -> dict[str, Any]:
     return {**result, "stages": stages.times, "hot": stages.hot}
 
 
+def memory_by_part(size: Size) -> dict[str, float]:
+    """MiB that Python objects hold after a start, by the module whose code made them."""
+    cluster = Cluster(size)
+    lines = {plural: list(cluster.stream(plural)) for plural in KINDS}
+    state = State(Settings(node=NODE).options())
+    tracemalloc.start()
+    try:
+        reflectors = {r.plural: Reflector(r) for r in resources(NODE)}
+        for plural, reflector in reflectors.items():
+            reflector.request()
+            reflector.answered(200, content_type=cluster.encoding.content_type)
+            for line in lines[plural]:
+                state.apply(reflector.received(line))
+        state.apply([NodeAddresses(frozenset(), ())])
+        state.resync(lambda _: None)
+        gc.collect()
+        statistics_ = tracemalloc.take_snapshot().statistics("filename")
+    finally:
+        tracemalloc.stop()
+    parts: dict[str, float] = {}
+    for one in statistics_:
+        path = Path(one.traceback[0].filename)
+        inside = path.is_relative_to(ROOT) and ".venv" not in path.parts
+        name = str(path.relative_to(ROOT)) if inside else "libraries"
+        parts[name] = parts.get(name, 0) + one.size / 2**20
+    return {name: round(parts[name], 2) for name in sorted(parts, key=lambda n: -parts[n])}
+
+
 def _changes(
     cluster: Cluster,
     reflectors: dict[str, Reflector],
@@ -171,7 +200,8 @@ def measure(sizes: list[Size], output: Path) -> None:
         with World(pods=0, remotes=0, prefix="sliceproxy-bench") as world:
             plain = world.run(HOST, one_start, size, profiled=False)
             profiled = world.run(HOST, one_start, size, profiled=True)
-        content["sizes"][str(size)] = {**plain, "hot": profiled["hot"]}
+        memory = memory_by_part(size)
+        content["sizes"][str(size)] = {**plain, "hot": profiled["hot"], "memory": memory}
         stages = ", ".join(f"{n} {t:.2f} s" for n, t in plain["stages"].items())
         changes = ", ".join(f"{n} {t:.3f} ms" for n, t in plain["change_ms"].items())
         say(f"  profile {size}: {stages}\n  one change: {changes}")
