@@ -129,7 +129,7 @@ class _Skipped(ModuleType):
 
 
 class _Callable:
-    """Stands for a class or function of a skipped module, and runs the module when it is called."""
+    """Replaces a class or function of a skipped module, and runs the module when it is called."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module = module
@@ -151,7 +151,7 @@ class _Callable:
 
 
 class _Result:
-    """Stands for the result of a call, which is made when an attribute of it is asked for."""
+    """Replaces the result of a call, which is made at the first access to an attribute of it."""
 
     def __init__(self, called: _Callable, args: Any, kwargs: Any) -> None:
         self._called = called

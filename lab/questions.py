@@ -56,7 +56,7 @@ class Question:
 WEB_4, WEB_6, NODE_4, NODE_6 = "10.96.0.80", "fd00:10:96::80", "172.31.0.2", "fd00:172:31::2"
 SHOP_4, SHOP_6 = "203.0.113.44", "2001:db8::44"
 DNS_4, DNS_6, EMPTY_4, EMPTY_6 = "10.96.0.10", "fd00:10:96::10", "10.96.0.90", "fd00:10:96::90"
-SESSIONS_4, NOBODYS = "10.96.0.70", "10.96.0.99"
+SESSIONS_4, UNKNOWN = "10.96.0.70", "10.96.0.99"
 WEB = ("web-1", "web-2", "web-3", "web-4", "web-5")
 DNS = ("dns-1", "dns-2")
 SHOP = ("shop-1", "shop-2")
@@ -106,7 +106,7 @@ SERVICES: Sequence[tuple[str, Sequence[Question]]] = (
         (
             Question("pod", EMPTY_4, 80, outcome="refused", because="no endpoints"),
             Question("pod", EMPTY_6, 80, outcome="refused", because="no endpoints"),
-            Question("pod", NOBODYS, 80, outcome="silent", because="no such Service"),
+            Question("pod", UNKNOWN, 80, outcome="silent", because="no such Service"),
         ),
     ),
 )

@@ -3,9 +3,9 @@
 Several Services can claim one key of a verdict map: nothing stops a tenant from writing another
 Service's cluster IP into `externalIPs`. The key belongs to the claim that is first in this order:
 
-1. a cluster IP. The API server allocates it, to one Service at a time; an external IP is whatever
-   somebody wrote. Its age does not matter: otherwise an older Service of a tenant took over the
-   address of a cluster DNS that was deleted and created again;
+1. a cluster IP. The API server allocates it, to one Service at a time; any tenant may write any
+   address as an external IP. Age does not matter: otherwise an older Service of a tenant would
+   take over the address of a cluster DNS that was deleted and recreated;
 2. a node port, at the node's own addresses, for the same reason. It is found in a map of its own,
    which rules ask after the addresses, so an external address at which a node port answers is not
    programmed;

@@ -321,7 +321,7 @@ def collected(owned: Iterable[SetElement]) -> dict[Set, dict[Key, Value]]:
 def restored(family: int, have: Elements) -> dict[Claim, Lists]:
     """The slots and widths that the elements in the kernel show, for `install` to start from.
 
-    A list with a hole is cut there: what stands behind it will be assigned anew.
+    A list with a hole is cut there: the targets behind it get new slots.
     """
     sets = SETS[family]
     result: dict[Claim, Lists] = {}

@@ -3,7 +3,7 @@
 The slices of a Service are merged into one table per Service port and family. Every endpoint says
 whether this node uses it and why, once for each traffic policy that the Service uses: an external
 address under policy Local needs both lists, as clients inside the node get the cluster list. An
-address that stands in two slices is shown twice, with the copy that counts.
+address that is in two slices is shown twice, with the copy that counts.
 
 The answer is made of plain records, so `--output json` is `msgspec.json.encode(table)`.
 """
@@ -37,7 +37,7 @@ from rules.target import Target, target_of
 
 
 class QuestionError(ValueError):
-    """A question that cannot be answered as it stands; the message is one line and says why."""
+    """A question without an answer; the message is one line and gives the reason."""
 
 
 class Use(msgspec.Struct, frozen=True):

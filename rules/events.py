@@ -25,9 +25,9 @@ class Delete(NamedTuple):
 
 
 class Synced(NamedTuple):
-    """The source has told everything that was there when it started.
+    """The source has reported everything that existed when it started.
 
-    Until then nothing is programmed: half a cluster would look like deletions.
+    Nothing is programmed before: an incomplete list would look like deletions.
     """
 
 

@@ -109,7 +109,7 @@ class Reached(msgspec.Struct, frozen=True):
 class Asked(msgspec.Struct, frozen=True):
     """What one kind of client meets.
 
-    `address` stands for all clients of that kind, if it was not given. `outcomes` holds one word
+    `address` represents all clients of that kind, unless it was given. `outcomes` holds one word
     of `rules.trace.End`, more only if the elements are incomplete. `remembered_seconds` is 0
     where the client is not remembered.
     """
@@ -125,7 +125,7 @@ class Asked(msgspec.Struct, frozen=True):
 class Explanation(msgspec.Struct, frozen=True):
     """The whole answer. `why_not` says why no Service has the address, where `answering` is None.
 
-    `from_kernel` tells that the elements were read from the kernel.
+    `from_kernel` says whether the elements were read from the kernel.
     """
 
     target: str
@@ -255,7 +255,7 @@ def _notes(state: State, target: Destination) -> Iterator[str]:
     if target.family not in state.surroundings().tells_pods:
         mode = state.options.detect_local.value
         yield (
-            f"pods of this node are not told from other clients in IPv{target.family} "
+            f"pods of this node cannot be identified in IPv{target.family} "
             f"(detectLocalMode {mode}), so they are treated like clients outside"
         )
 
@@ -356,7 +356,7 @@ def _all_endpoints(state: State) -> Iterator[tuple[Name, Endpoint]]:
 POD, NODE, OUTSIDE = "a pod of this node", "the node itself", "a client outside"
 ADMITTED = "a client outside within the source ranges"
 
-# documentation addresses (RFC 5737, RFC 3849), to stand for clients that nobody knows
+# documentation addresses (RFC 5737, RFC 3849), for clients whose address is not known
 _SOMEWHERE = {
     4: [ipaddress.ip_address(a).packed for a in ("198.51.100.1", "192.0.2.1", "203.0.113.1")],
     6: [ipaddress.ip_address(f"2001:db8::{n}").packed for n in (1, 2, 3)],
@@ -378,15 +378,15 @@ def _one(state: State, target: Destination, text: str, elements: Elements) -> _A
         )
     if address in state.local.own():
         return _Asker(NODE, address)
-    if _told(address, target.family, elements) or address in _local_endpoints(state):
+    if _is_in_pod_networks(address, target.family, elements) or address in _local_endpoints(state):
         return _Asker(POD, address, state.options.interface)
     return _Asker(OUTSIDE, address)
 
 
-def _told(address: Address, family: int, elements: Elements) -> bool:
-    """Whether the address is in the networks by which pods of this node are told."""
-    told = elements.get(SETS[family].pod_cidrs, {}).items()
-    return any(isinstance(high, bytes) and low <= address <= high for low, high in told)
+def _is_in_pod_networks(address: Address, family: int, elements: Elements) -> bool:
+    """Whether the address is in the networks that identify pods of this node."""
+    networks = elements.get(SETS[family].pod_cidrs, {}).items()
+    return any(isinstance(high, bytes) and low <= address <= high for low, high in networks)
 
 
 def _local_endpoints(state: State) -> frozenset[Address]:
@@ -406,7 +406,7 @@ def _everybody(
     yield _Asker(OUTSIDE, _outsider(state, family, ranges))
     ours = (state.local.own() | _local_endpoints(state)) if ranges else frozenset()
     for address in chain.from_iterable(map(_some_of, ranges)):
-        if address not in ours and not _told(address, family, elements):
+        if address not in ours and not _is_in_pod_networks(address, family, elements):
             yield _Asker(ADMITTED, address)
             return
 
@@ -431,13 +431,13 @@ def _node_address(state: State, target: Destination) -> Address:
 
 
 def _some_pod(state: State, family: int, elements: Elements) -> Address:
-    """An address that a pod of this node could have, preferably of none that there is."""
+    """An address that a pod of this node could have, preferably one that no pod has."""
     cidrs = (*(state.node.pod_cidrs if state.node else ()), *state.options.cluster_cidrs)
     taken = {endpoint.address for _, endpoint in _all_endpoints(state)} | state.local.own()
     networks = [network for network in cidrs if network.version == family]
     free = [a for a in chain.from_iterable(map(_some_of, networks)) if a not in taken]
-    told = (a for a in free if _told(a, family, elements))
-    return next(chain(told, free), _SOMEWHERE[family][0])
+    in_use = (a for a in free if _is_in_pod_networks(a, family, elements))
+    return next(chain(in_use, free), _SOMEWHERE[family][0])
 
 
 def _some_of(network: Network) -> Iterator[Address]:

@@ -2,7 +2,7 @@
 
 | frontend | list by | masqueraded |
 |---|---|---|
-| cluster IP | internalTrafficPolicy | clients that are no pod of this node, if that can be told |
+| cluster IP | internalTrafficPolicy | all but pods of this node, if these can be identified |
 | load balancer IP, external IP, node port | externalTrafficPolicy | policy Cluster: all |
 | the same, policy Local, asked from inside | the cluster list | what the node itself sends |
 

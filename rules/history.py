@@ -7,7 +7,7 @@ elements that transaction wrote, and how long it was from the moment that the AP
 the cause (annotation endpoints.kubernetes.io/last-change-trigger-time) to the kernel's answer.
 
 Recording compares the two versions of an object, so it is linear in one slice, not in the cluster.
-An entry takes about half a kilobyte; the ring holds CAPACITY of them unless told otherwise.
+An entry takes about half a kilobyte; the ring holds CAPACITY of them by default.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The words that rules are made of: fields, statements, chains, sets.
+"""The model of a ruleset: fields, statements, rules, chains, sets.
 
-A rule is written once, in these words, and read three ways: `nft` writes it for people, `netlink`
-encodes it for the kernel, `trace` follows a packet through it. Only what sliceproxy's tables need
-is here; this is no general nftables library (for that see knftables, or nft itself).
+A rule is written once in this model and used in three places: `text` prints it in nft's language,
+`netlink` encodes it for the kernel, `trace` follows a packet through it. The model has only what
+sliceproxy's tables need; it is no general nftables library (for that see knftables, or nft itself).
 
-Widths are in bytes. Every field of a concatenation occupies whole 4-byte registers; addresses and
-ports stand there in network order, what the kernel makes itself (a slot, a mark) in host order.
+Lengths are in bytes. Every field of a concatenation occupies whole 4-byte registers; addresses and
+ports are in network byte order, values that the kernel computes (a slot, a mark) in host order.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Set:
         The kernel keeps a set with a size in a hash table that is large enough from the beginning.
         One without grows while it is filled, but only after the transaction has ended: 250,000
         elements take 0.5 s instead of 0.25, and a dump of them 2.2 s instead of 0.8. But a size is
-        a limit, too: a set that reaches it must be made anew (`agent.kernel.tables.Full`).
+        also a limit: a set that reaches it must be recreated (`agent.kernel.tables.Full`).
         """
         if self.dynamic:
             return self.size
@@ -334,7 +334,7 @@ Statement = (
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Statements from left to right; the comment tells people why."""
+    """Statements from left to right; the comment explains them to a reader."""
 
     statements: tuple[Statement, ...]
     comment: str = ""

@@ -77,8 +77,8 @@ class Wanted(msgspec.Struct, frozen=True):
 
     `endpoints` get slots under the claim's key, `inside` likewise in a map of their own, if it is
     not None. `style` and `sticky` pick the chain together with the width, which is found when the
-    slots are. `elements` are all others. `serving` tells where flows may lead that began earlier
-    (`rules.conntrack`); it is empty unless the protocol is UDP.
+    slots are. `elements` are all others. `serving` are the targets to which earlier flows may lead
+    (`rules.stale_flows`); it is empty unless the protocol is UDP.
     """
 
     frontend: Frontend

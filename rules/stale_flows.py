@@ -17,8 +17,8 @@ line there too. Two things are better here: when the *last* endpoint stops servi
 so that the client is refused at once (kube-proxy waits for another endpoint); and an endpoint
 that is published although it is not ready (`publishNotReadyAddresses`) serves.
 
-When a Service or one of its addresses goes, its flows go if they lead to what was serving it. What
-somebody else's rules made of the same address is not ours to delete.
+When a Service or one of its addresses is removed, its flows to former endpoints are deleted. Flows
+that another program's rules made of the same address are left untouched.
 
 A flow is judged by the claim that a new packet to its destination would meet. That takes one or two
 look-ups: no Service is walked, and the work is proportional to the flows that are looked at.
@@ -39,7 +39,8 @@ class Flow(NamedTuple):
     """A UDP flow in conntrack. Address and port are packed as in a Target.
 
     `destination` is what the client asked for, `target` who answers it; they are the same if
-    nothing was translated. `zone` is 0 but for what is told apart on purpose (VRFs, Open vSwitch).
+    nothing was translated. `zone` is 0 unless another program separates connections (VRFs, Open
+    vSwitch).
     `entry` is opaque to all but `agent.kernel.conntrack`: the kernel's attributes.
     """
 
@@ -62,7 +63,7 @@ Serving = frozenset[Target]
 """The targets to which flows of a claim may lead."""
 
 Current = Callable[[Claim], Serving | None]
-"""What serves a claim now; None if nobody has the claim."""
+"""What serves a claim now; None if no Service has the claim."""
 
 
 def is_udp(claim: Claim) -> bool:
@@ -88,14 +89,14 @@ def is_stale(
     node_port_address: NodePortAddress,
     formerly: Mapping[Claim, Serving],
 ) -> bool:
-    """Whether the flow must be deleted, so that its next packet is decided on anew.
+    """Whether the flow must be deleted, so that its next packet meets the rules again.
 
-    `formerly` tells what served the claims that have just gone. Depends on nothing of the flow
-    but destination, target and zone.
+    `formerly` holds what served the claims that were just removed. Of the flow only destination,
+    target and zone matter.
     """
     translated = flow.target != flow.destination
     if flow.zone and not translated:
-        return False  # another stage of the same packet's way: it may be translated in zone 0
+        return False  # another stage of the same packet's path: it may be translated in zone 0
     where = Destination(address_of(flow.destination), UDP, port_of(flow.destination))
     claims = claims_at(where, node_port_address)
     for claim in claims:

@@ -1,6 +1,6 @@
 r"""The fixed part of the ruleset: one table per family, whose rules do not depend on Services.
 
-A packet's way through it (`ip sliceproxy`, and the same for `ip6`):
+A packet's path through it (`ip sliceproxy`, and the same for `ip6`):
 
     prerouting, nat -100            output, nat -100
       from a pod of this node:        inside
@@ -29,7 +29,7 @@ A packet's way through it (`ip sliceproxy`, and the same for `ip6`):
       no endpoints: reject or drop    (reject-ips, drop-ips)
       input: the same for node ports  (reject-nodeports, drop-nodeports)
       forward and output: a cluster IP at an unknown port: reject (cluster-ips);
-                          a cluster IP that nobody has: drop      (service-cidrs)
+                          a cluster IP without a Service: drop    (service-cidrs)
 
     postrouting and input, nat 100
       which endpoint a sticky client got: remember

@@ -1,7 +1,7 @@
 """Tables, elements and changes in nft's language, for people and for `nft -f`.
 
-What is written here loads with nft 1.0.6 and later; the netlink form of the same things lists as
-what this text lists (tests hold both against each other in the kernel).
+nft 1.0.6 and later load this text. `nft list` shows the same for it as for the netlink form (tests
+load both into the kernel and compare).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def field(described: Field) -> str:
 
 
 def element(owner: Set, item: Element) -> str:
-    """One element as it stands between braces."""
+    """One element, as it is written between braces."""
     key, value = item
     if owner.interval:
         assert isinstance(value, bytes)

@@ -2,8 +2,8 @@
 
 The tables change at a start, when the agent is another version or has other options, and when the
 first Service asks for session affinity or the last one stops. A chain whose rules differ is
-emptied and filled again. A set or a base chain cannot be changed: then the whole table is made
-anew, in the same transaction, so that packets see the old one or the new one.
+emptied and filled again. A set or a base chain cannot be changed: then the whole table is
+recreated, in the same transaction, so that packets see the old one or the new one.
 
 The order inside a transaction is fixed by what refers to what: sets and chains come first, rules
 go before what they use is deleted, verdicts before the chains they name.
@@ -59,7 +59,7 @@ def table_change(want: Table, have: TableContents | None) -> TableChange:
     """What leads from `have` (None: no table) to `want`."""
     if have is None:
         return _creation(want)
-    # an old set that is not as wanted, or a chain with another hook, stands in the way
+    # an old set that is not as wanted, or a chain with another hook, blocks it
     for wanted in want.sets:
         if wanted.name in have.sets and have.sets[wanted.name] is not wanted:
             return _creation(want)._replace(delete=True)

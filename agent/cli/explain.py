@@ -56,7 +56,7 @@ def command(
 ) -> None:
     """Explain the path of a packet: which Service, which endpoints, which source they see.
 
-    A Service's name stands for all its addresses, but for node ports. Asks the agent on this node,
+    A Service's name means all its addresses, except node ports. Asks the agent on this node,
     or reads manifests (--from) or a cluster (--kubeconfig). On a node that has sliceproxy's tables
     the answer is from the kernel's own elements. Exit code 0 if every client is sent to an
     endpoint, 1 if one is refused or dropped or no Service has the address.

@@ -1,14 +1,14 @@
 """Conntrack over netlink: reads UDP flows, deletes those that are stale.
 
 pyroute2 knows the messages (`nfct_msg`) and writes the requests. The entries that come back are
-decoded here: its generic parser takes 115 us for one, 11.6 s for 100,000, and the agent would
-stand still for that long. Looking at fixed offsets takes 1.2 us, about a third of what the kernel
-needs to tell of one. An entry that does not look as expected is parsed attribute by attribute.
+decoded here: its generic parser takes 115 us for one, 11.6 s for 100,000, and would hold the
+interpreter for that long. Reading fixed offsets takes 1.2 us, about a third of what the kernel
+needs to dump one. An entry that does not look as expected is parsed attribute by attribute.
 
-A dump costs the kernel a walk over its whole hash table, of all network namespaces together, and
-some 2 us for each entry that it tells. So it is asked to tell only what may be stale (CTA_FILTER,
-Linux 5.8; older kernels ignore it and tell everything, which is why every flow is judged here
-whatever was asked for). Measured with 100,000 UDP flows and 262,144 buckets:
+For a dump the kernel walks its whole hash table, of all network namespaces together, and needs
+some 2 us for each entry that it sends. So the request filters for flows that may be stale
+(CTA_FILTER, Linux 5.8; older kernels ignore it and send everything, so every flow is judged here in
+any case). Measured with 100,000 UDP flows and 262,144 buckets:
 
 | | |
 |---|---|
@@ -16,9 +16,9 @@ whatever was asked for). Measured with 100,000 UDP flows and 262,144 buckets:
 | all UDP flows, decoded and judged | 400 ms |
 | anything, in an empty table | 12 ms |
 
-Up to FEW destinations are therefore asked for one by one, more with one dump of everything. In
-IPv6 only the port is asked for: the kernel's comparison of IPv6 addresses is the wrong way round
-and tells all flows *but* those (`ctnetlink_filter_match_tuple`, 5.8 to at least 6.18, *checked*).
+Up to FEW destinations are therefore queried individually, more with one dump of everything. In
+IPv6 the filter has only the port: the kernel's comparison of IPv6 addresses is inverted and
+sends all flows *but* those (`ctnetlink_filter_match_tuple`, 5.8 to at least 6.18, *checked*).
 
 An entry is deleted by its *reply* tuple, zone and id. The reply tuple names the target, so if the
 entry has gone since the dump and the client was sent to another endpoint, that flow stays; the id

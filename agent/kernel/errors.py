@@ -80,7 +80,7 @@ _SHORTAGES = {
 _MODULE = "Load the kernel module nf_conntrack_netlink."
 _CONNTRACK = {
     errno.EPERM: "Run it as root or with CAP_NET_ADMIN.",
-    errno.EINVAL: _MODULE,  # what nfnetlink answers for a subsystem that nobody has registered
+    errno.EINVAL: _MODULE,  # nfnetlink's answer for a subsystem that no module has registered
     errno.EOPNOTSUPP: _MODULE,
     errno.EPROTONOSUPPORT: "The kernel needs nfnetlink and nf_conntrack_netlink.",
 }

@@ -1,7 +1,7 @@
 """Deletes stale UDP flows from conntrack, in a thread of its own.
 
-A conntrack table may hold millions of flows, of which a dump tells one by one; the loop must not
-wait for that. So the loop hands over what a flow is judged by, and goes on:
+A conntrack table may hold millions of flows, and a dump lists them one by one; the loop must not
+wait for that. So the loop hands over what a flow is judged by, and continues:
 
 - `expect`, before each transaction: which targets serve a UDP claim from now on. Only claims that
   change are handed over, so the work is that of the change.
@@ -48,7 +48,7 @@ Deleted = Callable[[int, int, float], None]
 
 
 class Expected(NamedTuple):
-    """What serves each claim from now on, None for a claim that nobody has. With `everything`
+    """What serves each claim from now on, None for a claim without a Service. With `everything`
     no other UDP claim exists."""
 
     serving: Mapping[Claim, Serving | None]

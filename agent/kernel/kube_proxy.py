@@ -1,37 +1,36 @@
-"""What kube-proxy leaves in a kernel when it goes: finding it, and removing it.
+"""Finds and removes the rules that kube-proxy leaves in the kernel when it stops.
 
-kube-proxy does not clean up behind itself, on purpose: its rules must outlive a restart. So a node
-that changes over to sliceproxy keeps them until somebody removes them, and rules that nobody
-maintains go wrong with time: they refuse what has endpoints by now, and guard addresses that have
-changed hands. What it leaves depends on its mode:
+kube-proxy leaves its rules in place on purpose: they must outlive a restart. A node that migrates
+to sliceproxy keeps them until an operator removes them. Rules that no process maintains become
+wrong with time: they reject Services that have endpoints by now, and guard addresses that belong
+to another Service. What is left depends on kube-proxy's mode:
 
     nftables         the tables `ip kube-proxy` and `ip6 kube-proxy`, which are wholly its own
     iptables, nft    chains KUBE-* in the tables nat, filter and mangle that iptables-nft keeps
-                     in nf_tables, among the chains of everybody else, and rules that lead there
+                     in nf_tables, among the chains of other programs, and rules that jump there
     iptables, legacy the same in the kernel's older x_tables
     ipvs             virtual servers, the interface kube-ipvs0, and some of those chains
 
-The first two are removed here, over netlink, in one transaction: either all of it goes or nothing,
-and it fails and starts again if somebody else changes the ruleset meanwhile. Of shared tables only
-this is touched:
+The first two are removed here, over netlink, in one transaction: everything or nothing. It is
+retried if another process changes the ruleset meanwhile. In shared tables only these are touched:
 
 - Chains by the names that kube-proxy's own cleanup knows (`cleanupLeftovers` in kubernetes'
   pkg/proxy/iptables/proxier.go and pkg/proxy/ipvs/proxier.go). The kubelet's KUBE-FIREWALL,
-  KUBE-KUBELET-CANARY and KUBE-IPTABLES-HINT stay: the last one tells CNI plugins which iptables
-  this host uses.
-- Rules of base chains (PREROUTING and so on) that lead into those.
-- A chain that a stranger's own chain still leads to stays, with what it leads to in turn, and is
+  KUBE-KUBELET-CANARY and KUBE-IPTABLES-HINT stay: from the last one CNI plugins learn which
+  iptables this host uses.
+- Rules of base chains (PREROUTING and so on) that jump to those.
+- A chain stays, with the chains it jumps to, if a chain of another program jumps to it; it is
   reported. Port mappers have used KUBE-MARK-MASQ like this.
 
-The other two are only reported, with the command that removes them. x_tables knows no
-transactions: its only write replaces a whole table, everybody's rules in it included, under a
-lock that is a file of the iptables program (/run/xtables.lock). To do that from a container would
-mean to mount that file and to lose whatever others write meanwhile; the host has the program for
-it. IPVS has a protocol of its own, which is not worth carrying for a single use.
+The other two are only reported, with the command that removes them. x_tables has no
+transactions: its only write replaces a whole table, with the rules of all programs in it, under a
+lock that is a file of the iptables program (/run/xtables.lock). From a container that would need a
+mount of that file, and could lose what other programs write meanwhile; the host has the program for
+it. IPVS has a protocol of its own, which is not worth implementing for a single use.
 
-Remove nothing before the new proxy runs. Connections that kube-proxy has translated are kept by
-conntrack, but only a NAT chain, anybody's, keeps conntrack translating in its network namespace:
-with the last chain go the hooks, and established connections break (docs/migrate.md).
+Remove nothing before the new proxy runs. conntrack keeps the connections that kube-proxy has
+translated, but it translates their packets only while the network namespace has a NAT chain of any
+program: without one, established connections break (docs/migrate.md).
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ IPTABLES = ("nat", "filter", "mangle")
 IPVS_INTERFACE = "kube-ipvs0"
 
 _PATTERN = (
-    # both iptables modes; the canary tells kube-proxy that somebody flushed its tables
+    # both iptables modes; by the canary kube-proxy notices that its tables were flushed
     "KUBE-(SERVICES|EXTERNAL-SERVICES|NODEPORTS|POSTROUTING|MARK-MASQ|FORWARD"
     "|PROXY-FIREWALL|PROXY-CANARY"
     # a chain for each service port or endpoint (XLB until 1.23)
@@ -102,7 +101,7 @@ Place = tuple[int, str]
 
 
 class Leftovers(NamedTuple):
-    """What there is of kube-proxy. Chains by the table they are in."""
+    """What was found of kube-proxy. Chains by the table they are in."""
 
     tables: tuple[int, ...] = ()
     chains: Mapping[Place, tuple[str, ...]] = {}
@@ -163,7 +162,7 @@ def find(kernel: Kernel) -> list[str]:
 
 
 def look(kernel: Kernel) -> Leftovers:
-    """What there is of kube-proxy in this network namespace."""
+    """What kube-proxy has left in this network namespace."""
     return Leftovers(
         tuple(family for family in FAMILIES if _has_table(kernel, family)),
         {
@@ -327,7 +326,7 @@ def _legacy_tables(family: int) -> list[str]:
 
 
 def _legacy_chains(family: int, table: str) -> Iterator[str]:
-    """The chains that somebody made in a table of x_tables.
+    """The user-defined chains of a table of x_tables.
 
     Layouts of linux/netfilter_ipv4/ip_tables.h and its IPv6 twin: a chain starts with an entry
     whose target is called ERROR and carries the chain's name.

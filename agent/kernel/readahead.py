@@ -1,23 +1,24 @@
 """Reads the tables back while Services and slices are still being listed.
 
-After a restart the kernel has nearly all there will be, and a dump of many elements takes long: the
-kernel begins each message of it by walking the map from its start. A thread does it meanwhile.
+After a restart the kernel already has nearly all elements, and dumping many of them is slow: for
+each message of a dump the kernel walks the map from its start. A thread dumps them meanwhile.
 
-Nothing on the node is changed for it, not even the tables' owner: who has them may go on, and an
-agent that never gets its lists has done nothing but read. Instead, from before the first dump on,
-a `Watcher` listens to what the kernel tells of every commit. So what was read is still true at the
-end if there was no word about our tables, whoever had them: nobody, a dead agent, or one that went
-only meanwhile. What others do to their own tables does not count. A first word, a lost one, or any
-failure, and what was read is thrown away; the tables are then read as if this had not been tried.
+It only reads. It does not take the tables from their owner, so an agent that still runs can
+continue to write, and an agent that never receives its lists has changed nothing. From before the
+first dump a `Watcher` listens to the kernel's notifications of commits. If none of them is about
+our tables, what was read is still valid at the end, whoever owned them: no process, an agent that
+has exited, or one that exits meanwhile. Changes of other tables do not count. After a notification
+about our tables, a lost notification or any failure, what was read is discarded, and the loop
+reads the tables itself.
 
-The end is when the loop has taken the tables over. The kernel tells of a commit before the next one
-may begin, so all that came before the taking over has been told by then, and behind it nobody else
-may write. Tables that cannot be owned are watched on by the loop's own `Watcher`, which began
-before this one ends.
+The read-ahead ends when the loop has taken the tables over. The kernel sends the notifications of a
+commit before the next commit can begin, so by then all earlier ones have arrived, and from then on
+no other process can write. Tables that cannot be owned are watched further by the loop's own
+`Watcher`, which starts before this one ends.
 
-Each map is decoded at once, which needs the interpreter, as decoding the lists does; but while the
-API server is not the fastest the main thread waits for the network, and of maps that take the
-kernel long it is a small part (250,000 endpoints: 1.5 s in the kernel, 0.06 s to decode).
+Each map is decoded as soon as it has been read. That takes the interpreter from the main thread,
+which mostly waits for the network, and is a small part of the time of a large map (250,000
+endpoints: 1.5 s in the kernel, 0.06 s to decode).
 """
 
 from __future__ import annotations

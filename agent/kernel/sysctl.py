@@ -1,11 +1,11 @@
 """The node's conntrack settings, as kube-proxy sets them.
 
-A node that forwards for a cluster needs more room for connections than the kernel's default, and
-forgets dead ones sooner. Like kube-proxy, the agent sees to that at its start; unlike kube-proxy it
-never lowers `nf_conntrack_max`, which somebody may have raised on purpose, and it starts all the
-same if it may not: in a container without privileges /proc/sys is read-only, and in a network
-namespace other than the machine's `nf_conntrack_max` and the size of the hash table are. What
-could not be set is told in one warning.
+A node that forwards for a cluster needs room for more connections than the kernel's default, and
+shorter timeouts for dead ones. Like kube-proxy, the agent sets these values when it starts. Unlike
+kube-proxy it never lowers `nf_conntrack_max`, which an administrator may have raised on purpose,
+and it also starts if it cannot write: in an unprivileged container /proc/sys is read-only, and in a
+network namespace other than the machine's so are `nf_conntrack_max` and the size of the hash table.
+One warning lists what could not be set.
 
 A setting that has its value already is not written, so on a node where an administrator (or a
 privileged init container) has set them there is nothing to warn of. `route_localnet` and all other

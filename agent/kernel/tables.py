@@ -295,8 +295,8 @@ class Kernel:
         for body in self.dump(NFT_MSG_GETSET, owner.family, string(NFTA_SET_TABLE, TABLE)):
             found = fields(body)
             if text(found[NFTA_SET_NAME]) == owner.name:
-                told = found.get(NFTA_SET_COUNT)
-                return len(self.elements(owner)) if told is None else integer(told)
+                count = found.get(NFTA_SET_COUNT)
+                return len(self.elements(owner)) if count is None else integer(count)
         return None
 
     def set_names(self, family: int) -> frozenset[str]:

@@ -154,7 +154,7 @@ def _listen_unix(address: UnixAddress) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         made.bind(address.path)
-        os.chmod(address.path, address.mode)  # nobody can connect before `listen`
+        os.chmod(address.path, address.mode)  # no client can connect before `listen`
         made.listen(_BACKLOG)
         made.setblocking(False)
     except BaseException:
@@ -567,7 +567,7 @@ class _Listening:
 
 
 class _Peer(NamedTuple):
-    """The IP version of a connection (0 on a unix socket) and what stands for its client: an IPv4
+    """The IP version of a connection (0 on a unix socket) and what identifies its client: an IPv4
     address, an IPv6 prefix of 64 bits, or nothing on a unix socket."""
 
     family: int

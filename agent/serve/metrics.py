@@ -1,12 +1,12 @@
 """What is measured, by kube-proxy's names where it means the same, and by ours where it does not.
 
-The parts of the agent tell a `Recorder` what happens; that one forgets it. `Metrics` is a Recorder
-that remembers, in a registry of its own, and is the only thing here that loads prometheus_client,
-when it is made. So the loop can be run, tested and imported without it.
+The parts of the agent report to a `Recorder`, which records nothing. `Metrics` is a Recorder with
+a registry of its own. It is the only thing here that loads prometheus_client, when it is created,
+so the loop can be run, tested and imported without that library.
 
-Dashboards for kube-proxy go on working: a metric of kube-proxy's has its name, its labels
-(`ip_family` since 1.34), its buckets and its help text. Three differences of meaning are small and
-said here once:
+Dashboards for kube-proxy keep working: a metric of kube-proxy has its name, its labels
+(`ip_family` since 1.34), its buckets and its help text. There are three small differences of
+meaning:
 
 - one transaction programs both families, so durations are recorded for the families that it
   touched, and timestamps and failures for both;
@@ -18,8 +18,8 @@ What kube-proxy counts of iptables and of loopback node ports is left out, for i
 
 Recording costs a few microseconds for a transaction, an event or a map touched, and nothing that
 is proportional to the cluster: the number of elements is carried along from change to change and
-counted anew only when everything is read back anyway. Whatever can be computed is computed when
-somebody asks (`_Now`). Times are seconds; a time of day is seconds since the epoch.
+counted again only when everything is read back. Values that can be computed are computed at the
+scrape (`_Now`). Times are seconds; a time of day is seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -125,14 +125,14 @@ class Watch(Protocol):
 
 
 class Recorder:
-    """What the agent tells of itself. This one forgets it.
+    """Receives what the agent measures. This one records nothing.
 
-    `told`, `programmed`, `failed`, `repaired` and `lacks` are called by the loop's thread alone,
-    the others by any.
+    `received`, `programmed`, `failed`, `repaired` and `local_endpoints_missing` are called by the
+    loop's thread alone, the others by any.
     """
 
     def received(self, events: Iterable[Event], at: float) -> None:
-        """Events have come; `at` is when, by time.monotonic."""
+        """Events have arrived; `at` is when, by time.monotonic."""
 
     def programmed(
         self,
@@ -142,18 +142,18 @@ class Recorder:
         *,
         elements: Mapping[Set, int] | None = None,
     ) -> None:
-        """The kernel has all that was told. `seconds` is from computing to the kernel's answer,
-        `kernel_seconds` the kernel's part. `elements` is given by a full sync: how many there are
-        now."""
+        """The kernel has applied all received events. `seconds` is from computing to the kernel's
+        answer, `kernel_seconds` the kernel's part. `elements`, of a full sync only, is how many
+        there are now."""
 
     def tables_changed(self, tables: Iterable[Table]) -> None:
-        """The tables as they are now; told when one changes."""
+        """The current tables; called when one changes."""
 
     def failed(self) -> None:
-        """The kernel did not take a transaction."""
+        """The kernel refused a transaction."""
 
     def repaired(self) -> None:
-        """Somebody else had changed the tables, and they are as they should be again."""
+        """Another process had changed the tables, and the agent has repaired them."""
 
     def local_endpoints_missing(self, counts: Mapping[tuple[int, str], int]) -> None:
         """How many Service ports have policy Local, endpoints, but none here: by family and by
@@ -169,7 +169,7 @@ class Recorder:
         """So many clients have an entry in the map of session affinity."""
 
     def watches_from(self, watches: Callable[[], Iterable[Watch]]) -> None:
-        """There is a source; `watches` tells how it goes, and is asked at every scrape."""
+        """`watches` gives the state of the source's watches; it is called at every scrape."""
 
     def requested(
         self, method: str, code: int | str, host: str, seconds: float | None = None
@@ -377,7 +377,7 @@ class Metrics(Recorder):
         )
         self._repairs = self._counter(
             "sliceproxy_repairs_total",
-            "How often tables were put right that somebody else had changed",
+            "How often the tables were repaired after another process had changed them",
         )
         self._problems = self._gauge(
             "sliceproxy_problems",
@@ -427,8 +427,8 @@ class Metrics(Recorder):
             gauge.set(now)
 
     def _trigger(self, piece: EndpointSlice) -> None:
-        """Notes when what a slice tells had happened, unless before this process began: that
-        would measure how long the agent was away."""
+        """Notes when the change that a slice reports happened, unless that was before this process
+        started: it would measure how long the agent was not running."""
         try:
             happened = datetime.fromisoformat(piece.triggered).timestamp()
         except ValueError:
@@ -548,7 +548,7 @@ class Metrics(Recorder):
 
 
 class _Now:
-    """What is looked up when somebody asks. Values are replaced or set as a whole by one thread
+    """What is looked up at a scrape. Values are replaced or set as a whole by one thread
     and copied by the other, so that no lock is needed."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What defines a set: flags, types, size, and user data that tells `nft list` how to print it.
+"""What defines a set: flags, types, size, and user data by which `nft list` prints it.
 
 The user data is byte for byte what nft 1.0.6 writes. Newer versions write more (types inside
 concatenations), on which 1.0.6 crashes when it lists a dynamic map (SIGSEGV; kubernetes issue

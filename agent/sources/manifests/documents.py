@@ -1,12 +1,12 @@
 """From the bytes of a file to objects.
 
 A file holds YAML documents or JSON documents: single objects, a `List`, or what the API answers
-(`kubectl get --raw`). Its first byte tells JSON from YAML, not its name. JSON goes to the decoder
-as it is and is the fast way (some 30 MB a second); YAML is built as Python objects first (some
-5 MB a second), so less of it is taken.
+(`kubectl get --raw`). The first byte, not the name, decides between JSON and YAML. JSON is decoded
+directly, some 30 MB a second; YAML becomes Python objects first, some 5 MB a second, so its limit
+is smaller.
 
-Nobody trusts a file. Sizes are bounded, and so are the nesting of YAML and what its aliases
-expand to (a few lines can stand for gigabytes).
+Files are not trusted. Their sizes are bounded, and so are the nesting of YAML and what its aliases
+expand to (a few lines can expand to gigabytes).
 """
 
 from __future__ import annotations
