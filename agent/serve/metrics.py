@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 _M = TypeVar("_M", "Counter", "Gauge", "Histogram")
 
 IP_FAMILY = {4: "IPv4", 6: "IPv6"}
+_SYNC = "kubeproxy_sync_proxy_rules_"
 WATCH_STATES = ("listing", "watching", "backing off", "stopped")
 """What a source does for a resource (`agent.sources.kubernetes.Status`)."""
 
@@ -219,7 +220,11 @@ class Metrics(Recorder):
         self._triggers: list[tuple[int, float]] = []
         self._heartbeat = heartbeat or Heartbeat()
         self.now = _Now(connections, self._heartbeat)
-        self._make_kube_proxys()
+        # by kube-proxy's names
+        self._make_syncs()
+        self._make_changes()
+        self._make_conntrack()
+        self._make_requests()
         self._make_ours(version)
         ProcessCollector(registry=self.registry)
         self.registry.register(_collector(self.now))
@@ -241,14 +246,13 @@ class Metrics(Recorder):
 
         return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
-    def _make_kube_proxys(self) -> None:
-        sync = "kubeproxy_sync_proxy_rules_"
+    def _make_syncs(self) -> None:
         full, partial = (
             f"kubeproxy_sync_{kind}_proxy_rules_duration_seconds" for kind in ("full", "partial")
         )
         latency = "SyncProxyRules latency in seconds"
         self._sync = _by_family(
-            self._histogram(f"{sync}duration_seconds", latency, SYNC_BUCKETS, "ip_family")
+            self._histogram(f"{_SYNC}duration_seconds", latency, SYNC_BUCKETS, "ip_family")
         )
         self._full, self._partial = (
             _by_family(self._histogram(name, text, SYNC_BUCKETS, "ip_family"))
@@ -266,7 +270,7 @@ class Metrics(Recorder):
             )
         )
         last = self._gauge(
-            f"{sync}last_timestamp_seconds",
+            f"{_SYNC}last_timestamp_seconds",
             "The last time proxy rules were successfully synced",
             "ip_family",
         )
@@ -274,47 +278,44 @@ class Metrics(Recorder):
             child.set_function(lambda: self._heartbeat.synced_at() or 0.0)
         self._last_queued = _by_family(
             self._gauge(
-                f"{sync}last_queued_timestamp_seconds",
+                f"{_SYNC}last_queued_timestamp_seconds",
                 "The last time a sync of proxy rules was queued",
                 "ip_family",
             )
         )
         self._failures = _by_family(
             self._counter(
-                f"{sync}nftables_sync_failures_total",
+                f"{_SYNC}nftables_sync_failures_total",
                 "Cumulative proxy nftables sync failures",
                 "ip_family",
             )
         )
+
+    def _make_changes(self) -> None:
         kinds = (("service", "Service"), ("endpoint", "Endpoint"))
         self._service_changes, self._endpoint_changes = (
-            self._counter(f"{sync}{kind}_changes_total", f"Cumulative proxy rules {name} changes")
+            self._counter(f"{_SYNC}{kind}_changes_total", f"Cumulative proxy rules {name} changes")
             for kind, name in kinds
         )
         self._services_pending, self._endpoints_pending = (
-            self._gauge(f"{sync}{kind}_changes_pending", f"Pending proxy rules {name} changes")
+            self._gauge(f"{_SYNC}{kind}_changes_pending", f"Pending proxy rules {name} changes")
             for kind, name in kinds
         )
         self._no_local = self._gauge(
-            f"{sync}no_local_endpoints_total",
+            f"{_SYNC}no_local_endpoints_total",
             "Number of services with a Local traffic policy and no endpoints",
             "ip_family",
             "traffic_policy",
         )
         for family, policy in itertools.product(IP_FAMILY.values(), ("internal", "external")):
             self._no_local.labels(family, policy)
+
+    def _make_conntrack(self) -> None:
         self._flows = _by_family(
             self._counter(
                 "kubeproxy_conntrack_reconciler_deleted_entries_total",
                 "Cumulative conntrack flows deleted by conntrack reconciler",
                 "ip_family",
-            )
-        )
-        self._remembered = _by_family(
-            self._gauge(
-                "sliceproxy_affinity_clients",
-                "Clients remembered for session affinity, of 65536 at most",
-                "family",
             )
         )
         self._flow_time = _by_family(
@@ -325,6 +326,8 @@ class Metrics(Recorder):
                 "ip_family",
             )
         )
+
+    def _make_requests(self) -> None:
         self._asked = {
             f"/{name}": self._counter(
                 f"kubeproxy_proxy_{name}_total", f"Cumulative proxy {name} HTTP status", "code"
@@ -374,6 +377,13 @@ class Metrics(Recorder):
             "sliceproxy_event_to_kernel_seconds",
             "Time from the arrival of events to the kernel's answer",
             FINE_BUCKETS,
+        )
+        self._remembered = _by_family(
+            self._gauge(
+                "sliceproxy_affinity_clients",
+                "Clients remembered for session affinity, of 65536 at most",
+                "family",
+            )
         )
         self._repairs = self._counter(
             "sliceproxy_repairs_total",
