@@ -139,7 +139,8 @@ class Set:
 
     `key` and `data` say with example fields what a key and its data hold; `verdicts` makes the
     data a chain to go to. An `interval` set holds ranges. `dynamic` sets are filled by rules, up
-    to `size` elements that time out.
+    to `size` elements that time out. Elements of a `counted` set have a packet counter each, in
+    tables with counters.
     """
 
     family: int
@@ -151,6 +152,7 @@ class Set:
     dynamic: bool = False
     size: int = 0
     comment: str = ""
+    counted: bool = False
 
     @property
     def is_map(self) -> bool:
@@ -375,12 +377,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything of one family that does not depend on Services: sets, chains and their rules."""
+    """Everything of one family that does not depend on Services: sets, chains and their rules.
+
+    With `counters`, elements of its counted sets count packets.
+    """
 
     family: int
     name: str
     sets: tuple[Set, ...]
     chains: tuple[Chain, ...] = field(repr=False)
+    counters: bool = False
 
     @property
     def rule_count(self) -> int:

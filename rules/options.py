@@ -30,6 +30,7 @@ class Options(msgspec.Struct, frozen=True):
     primary address of its family, whatever its Node says. Unless `allow_external_ips`, the
     `externalIPs` of Services are not served (KEP-5707). `api_servers` are the addresses
     and ports of the API server, which no Service may take; the event `ApiServers` replaces them.
+    `counters` counts packets in the elements of maps and sets.
     """
 
     node: str
@@ -45,6 +46,7 @@ class Options(msgspec.Struct, frozen=True):
     address: Address | None = None
     allow_external_ips: bool = True
     api_servers: frozenset[tuple[Address, int]] = frozenset()
+    counters: bool = True
 
 
 def in_networks(address: bytes, networks: tuple[Network, ...]) -> bool:

@@ -350,7 +350,8 @@ class State:
     def _layout(self, family: int) -> Layout:
         seconds = sorted(s for f, s in self._affinity if f == family)
         pods, guarded = self.local.pods(family), family in self._guarded
-        return Layout(family, self.options.mark, pods, tuple(seconds), guarded)
+        counters = self.options.counters
+        return Layout(family, self.options.mark, pods, tuple(seconds), guarded, counters)
 
     def _advance_tables(self) -> Iterator[TableChange]:
         for family in FAMILIES:

@@ -55,6 +55,8 @@ Why it is like this:
   of one element that times out. While it is on, a new client gets the slot that a hash of its
   address names, so it stays without being remembered. Placing all clients so would take them to
   the same endpoint again after their timeout, which must end their affinity.
+- Counters are on the elements (of the verdict maps and the sets that refuse or drop), not in rules:
+  a look-up that hits counts, so no rule is added, and a count belongs to one address and port.
 - The rules for session affinity exist only while a Service asks for it, also because nft 1.0.6
   aborts on *loading* the text of the IPv6 map (60 bytes of key and data), though it lists it.
 - Clients are remembered in nat chains, just before masquerading, not behind DNAT in filter chains:
@@ -124,30 +126,43 @@ class FamilySets:
         def plain(name: str, key: Concat, comment: str) -> Set:
             return Set(family, name, key, comment=comment)
 
-        def verdicts(name: str, key: Concat, comment: str) -> Set:
-            return Set(family, name, key, verdicts=True, comment=comment)
+        def counted(name: str, key: Concat, comment: str) -> Set:
+            return Set(family, name, key, comment=comment, counted=True)
 
-        self.service_ips = verdicts("service-ips", destination, "who answers at an address")
-        self.service_nodeports = verdicts("service-nodeports", port, "who answers at a node port")
-        self.inside_ips = verdicts("inside-ips", destination, "the same, asked from inside")
-        self.inside_nodeports = verdicts("inside-nodeports", port, "the same, asked from inside")
+        def verdicts(name: str, key: Concat, comment: str, *, counted: bool = False) -> Set:
+            return Set(family, name, key, verdicts=True, comment=comment, counted=counted)
+
+        self.service_ips = verdicts(
+            "service-ips", destination, "who answers at an address", counted=True
+        )
+        self.service_nodeports = verdicts(
+            "service-nodeports", port, "who answers at a node port", counted=True
+        )
+        self.inside_ips = verdicts(
+            "inside-ips", destination, "the same, asked from inside", counted=True
+        )
+        self.inside_nodeports = verdicts(
+            "inside-nodeports", port, "the same, asked from inside", counted=True
+        )
         self.endpoints = Set(family, "endpoints", (*destination, slot), target)
         self.nodeport_endpoints = Set(family, "nodeport-endpoints", (*port, slot), target)
         self.inside_endpoints = Set(family, "inside-endpoints", (*destination, slot), target)
         self.inside_nodeport_endpoints = Set(
             family, "inside-nodeport-endpoints", (*port, slot), target
         )
-        self.reject_ips = plain("reject-ips", destination, "no endpoints anywhere")
-        self.drop_ips = plain("drop-ips", destination, "policy Local, and no endpoints here")
-        self.reject_nodeports = plain("reject-nodeports", port, "no endpoints anywhere")
-        self.drop_nodeports = plain("drop-nodeports", port, "policy Local, and no endpoints here")
-        self.guarded = plain("guarded", destination, "has loadBalancerSourceRanges")
+        self.reject_ips = counted("reject-ips", destination, "no endpoints anywhere")
+        self.drop_ips = counted("drop-ips", destination, "policy Local, and no endpoints here")
+        self.reject_nodeports = counted("reject-nodeports", port, "no endpoints anywhere")
+        self.drop_nodeports = counted("drop-nodeports", port, "policy Local, and no endpoints here")
+        self.guarded = counted("guarded", destination, "has loadBalancerSourceRanges")
         self.source_ranges = Set(
             family, "source-ranges", (*destination, fields.saddr), interval=True
         )
-        self.cluster_ips = plain("cluster-ips", (fields.daddr,), "every cluster IP")
+        self.cluster_ips = counted("cluster-ips", (fields.daddr,), "every cluster IP")
         self.nodeport_ips = plain("nodeport-ips", (fields.daddr,), "where node ports answer")
-        self.service_cidrs = Set(family, "service-cidrs", (fields.daddr,), interval=True)
+        self.service_cidrs = Set(
+            family, "service-cidrs", (fields.daddr,), interval=True, counted=True
+        )
         self.pod_cidrs = Set(family, "pod-cidrs", (fields.saddr,), interval=True)
         self.hairpins = plain("hairpins", (fields.saddr, fields.daddr), "endpoints on this node")
         # only while a Service asks for session affinity:
@@ -183,6 +198,11 @@ class FamilySets:
         return self.nodeport_endpoints if node_port else self.endpoints
 
     @property
+    def counted(self) -> tuple[Set, ...]:
+        """The sets whose elements have counters."""
+        return tuple(s for s in self.always if s.counted)
+
+    @property
     def sticky(self) -> tuple[Set, ...]:
         """The sets that a table has while a Service asks for session affinity."""
         return (
@@ -209,7 +229,7 @@ class Layout(msgspec.Struct, frozen=True):
 
     `pods` says how a pod of this node is identified: by the pod-cidrs set (True), by an interface,
     or not at all (None). `affinity` holds the timeouts in seconds that Services ask for, ascending;
-    `guarded` says whether one has loadBalancerSourceRanges.
+    `guarded` says whether one has loadBalancerSourceRanges, `counters` whether packets are counted.
     """
 
     family: int
@@ -217,6 +237,7 @@ class Layout(msgspec.Struct, frozen=True):
     pods: bool | PodInterface | None = None
     affinity: tuple[int, ...] = ()
     guarded: bool = False
+    counters: bool = False
 
 
 # bounded: each distinct session affinity timeout makes other tables, of 310 KiB
@@ -231,7 +252,7 @@ def build(layout: Layout) -> Table:
         *_affinity_chains(layout, sets),
         *_balancers(layout, sets),
     )
-    return Table(layout.family, TABLE, used, chains)
+    return Table(layout.family, TABLE, used, chains, layout.counters)
 
 
 def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
@@ -281,25 +302,29 @@ def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
     )
     yield Chain("marked", (rule(Unmark(layout.mark)), rule(Final.MASQUERADE)))
     if layout.guarded:
-        yield _guard(sets)
+        yield _guard(layout, sets)
 
 
-def _guard(sets: FamilySets) -> Chain:
+def _guard(layout: Layout, sets: FamilySets) -> Chain:
     """Drops what comes from outside loadBalancerSourceRanges.
 
     A filter chain asks every packet of a flow that has had no answer (`ct state new`); a nat chain
     asks the first one only, so a one-way UDP flow would outlive the ranges that let it in. By then
     the packet may have been translated: the destination is the connection's original one.
+
+    With counters `guarded` is looked up last, so that it counts what is dropped and nothing else.
     """
     f = sets.fields
     at = (f.original_daddr, f.protocol, f.original_dport)
+    tests = [In(at, sets.guarded), In((*at, f.saddr), sets.source_ranges, negated=True)]
+    if layout.counters:
+        tests.reverse()
     return Chain(
         "guard",
         tuple(
             rule(
                 IsProtocol(protocol),
-                In(at, sets.guarded),
-                In((*at, f.saddr), sets.source_ranges, negated=True),
+                *tests,
                 Final.DROP,
                 comment="outside loadBalancerSourceRanges",
             )

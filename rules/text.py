@@ -50,7 +50,7 @@ def table(described: Table, elements: Mapping[Set, Mapping[Key, Value]]) -> str:
     """The whole table, its elements sorted."""
     lines = [f"table {FAMILY_NAME[described.family]} {described.name} {{"]
     for item in described.sets:
-        lines += _set(item, elements.get(item, {}))
+        lines += _set(item, elements.get(item, {}), counters=described.counters)
         lines.append("")
     for chain in described.chains:
         lines += _chain(chain)
@@ -59,7 +59,7 @@ def table(described: Table, elements: Mapping[Set, Mapping[Key, Value]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _set(described: Set, elements: Mapping[Key, Value]) -> Iterator[str]:
+def _set(described: Set, elements: Mapping[Key, Value], *, counters: bool) -> Iterator[str]:
     yield f"\t{'map' if described.is_map else 'set'} {described.name} {{"
     yield f"\t\t{set_type(described)}"
     if size := described.room(len(elements)):
@@ -68,6 +68,8 @@ def _set(described: Set, elements: Mapping[Key, Value]) -> Iterator[str]:
         yield "\t\tflags dynamic,timeout"
     elif described.interval:
         yield "\t\tflags interval"
+    if counters and described.counted:
+        yield "\t\tcounter"
     if described.comment:
         yield f'\t\tcomment "{described.comment}"'
     if elements:

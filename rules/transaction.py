@@ -18,7 +18,11 @@ from rules import text as nft
 from rules.diff import Change
 from rules.language import FAMILY_NAME, Chain, Set, Table
 from rules.netlink.batch import Batch
+from rules.netlink.counters import Count
 from rules.tables import TABLE
+from rules.text import Key
+
+_NO_COUNTS: Mapping[Set, Mapping[Key, Count]] = {}
 
 
 class TableContents(NamedTuple):
@@ -38,11 +42,12 @@ class TableContents(NamedTuple):
 
 
 class TableChange(NamedTuple):
-    """What changes in one table besides its elements."""
+    """What changes in one table besides its elements. With `counters`, its new sets have them."""
 
     family: int
     delete: bool = False
     create: bool = False
+    counters: bool = False
     new_sets: tuple[Set, ...] = ()
     new_chains: tuple[Chain, ...] = ()
     rewritten: tuple[Chain, ...] = ()
@@ -52,7 +57,7 @@ class TableChange(NamedTuple):
     @property
     def empty(self) -> bool:
         """Whether nothing changes."""
-        return self == TableChange(self.family)
+        return self == TableChange(self.family, counters=self.counters)
 
 
 def table_change(want: Table, have: TableContents | None) -> TableChange:
@@ -71,6 +76,7 @@ def table_change(want: Table, have: TableContents | None) -> TableChange:
     set_names, chain_names = {s.name for s in want.sets}, {c.name for c in want.chains}
     return TableChange(
         want.family,
+        counters=want.counters,
         new_sets=tuple(s for s in want.sets if s.name not in have.sets),
         new_chains=tuple(c for c in want.chains if c.name not in have.chains),
         rewritten=tuple(
@@ -82,7 +88,13 @@ def table_change(want: Table, have: TableContents | None) -> TableChange:
 
 
 def _creation(want: Table) -> TableChange:
-    return TableChange(want.family, create=True, new_sets=want.sets, new_chains=want.chains)
+    return TableChange(
+        want.family,
+        create=True,
+        counters=want.counters,
+        new_sets=want.sets,
+        new_chains=want.chains,
+    )
 
 
 class Transaction(NamedTuple):
@@ -95,8 +107,13 @@ class Transaction(NamedTuple):
         return bool(self.change) or any(not t.empty for t in self.tables)
 
 
-def encode(transaction: Transaction, table_flags: int = 0) -> Batch:  # noqa: PLR0912
-    """The transaction for the kernel; new tables get `table_flags`."""
+def encode(  # noqa: PLR0912
+    transaction: Transaction,
+    table_flags: int = 0,
+    counts: Mapping[Set, Mapping[Key, Count]] = _NO_COUNTS,
+) -> Batch:
+    """The transaction for the kernel; new tables get `table_flags`. The counters of added elements
+    begin at their `counts`."""
     batch = Batch()
     for t in transaction.tables:
         if t.delete:
@@ -104,7 +121,8 @@ def encode(transaction: Transaction, table_flags: int = 0) -> Batch:  # noqa: PL
         if t.create:
             batch.new_table(t.family, TABLE, table_flags)
         for new in t.new_sets:
-            batch.new_set(TABLE, new, len(transaction.change.added.get(new, ())))
+            count = len(transaction.change.added.get(new, ()))
+            batch.new_set(TABLE, new, count, counters=t.counters)
         for chain in t.new_chains:
             batch.new_chain(t.family, TABLE, chain)
         for name in (*(c.name for c in t.rewritten), *t.old_chains):
@@ -115,7 +133,7 @@ def encode(transaction: Transaction, table_flags: int = 0) -> Batch:  # noqa: PL
         for chain in (*t.new_chains, *t.rewritten):
             batch.new_rules(t.family, TABLE, chain)
     for owner, elements in transaction.change.added.items():
-        batch.add_elements(TABLE, owner, elements)
+        batch.add_elements(TABLE, owner, elements, counts.get(owner))
     for t in transaction.tables:
         for name in t.old_chains:
             batch.delete_chain(t.family, TABLE, name)
@@ -136,7 +154,8 @@ def commands(transaction: Transaction) -> Iterator[str]:  # noqa: PLR0912
             continue
         for new in t.new_sets:
             kind = "map" if new.is_map else "set"
-            yield f"add {kind} {name} {new.name} {{ {nft.set_type(new)}; }}"
+            counter = " counter;" if t.counters and new.counted else ""
+            yield f"add {kind} {name} {new.name} {{ {nft.set_type(new)};{counter} }}"
         for chain in t.new_chains:
             yield f"add chain {name} {chain.name}"
     for verb, side in (

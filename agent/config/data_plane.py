@@ -46,6 +46,7 @@ def options_of(settings: Settings) -> Options:
         ),
         address=_own_address(settings.bind_address),
         allow_external_ips=settings.allow_service_external_ips,
+        counters=settings.counters,
     )
 
 

@@ -176,6 +176,14 @@ class Settings(
         _Bit,
         Option("data plane", "The bit of the packet mark that requests masquerading, 0 to 31."),
     ] = 14
+    counters: Annotated[
+        bool,
+        Option(
+            "data plane",
+            "Count new connections and refused and dropped packets of each Service address, in the"
+            " kernel.",
+        ),
+    ] = True
     healthz_bind_address: Annotated[
         str | None,
         Option(

@@ -12,12 +12,13 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from types import TracebackType
 from typing import NamedTuple
 
+from agent.kernel.counters import KeptCounts
 from agent.kernel.errors import Full, KernelError, NotPermitted, OwnedByOther, Refused, Stale
 from agent.kernel.socket import Failure, Interrupted, NetlinkSocket
 from rules.diff import Change, Elements
@@ -33,6 +34,7 @@ from rules.netlink.attributes import (
     text,
 )
 from rules.netlink.batch import Batch, chain_body, content, nft_type
+from rules.netlink.counters import Count, decode_counts
 from rules.netlink.elements import decode_elements, encode_keys, join_ranges
 from rules.netlink.expressions import rule_body
 from rules.netlink.messages import NLM_F_DUMP
@@ -56,6 +58,8 @@ from rules.netlink.nftables import (
     NFTA_SET_ELEM_LIST_ELEMENTS,
     NFTA_SET_ELEM_LIST_SET,
     NFTA_SET_ELEM_LIST_TABLE,
+    NFTA_SET_EXPR,
+    NFTA_SET_EXPRESSIONS,
     NFTA_SET_NAME,
     NFTA_SET_TABLE,
     NFTA_TABLE_FLAGS,
@@ -71,6 +75,7 @@ OWNED = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST
 
 _READ_TRIES, _ELEMENT_TRIES = 10, 3
 _GROWING_TRIES, _GROWING_PAUSE = 5, 0.05
+_SINGLE_COUNTS = 32  # up to so many counters are read one by one, 10 us each
 _SEND_BUFFER = 8 << 20
 _UNKNOWN_MESSAGE = {errno.EINVAL, errno.EOPNOTSUPP}
 _NO_FAMILY = {errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT}
@@ -98,8 +103,7 @@ class KernelTable(NamedTuple):
         return TableContents(
             {
                 name: described[name]
-                if name in described
-                and includes(body, set_body(TABLE, described[name]), NFTA_LIST_ELEM)
+                if name in described and _is_set(body, described[name], counters=want.counters)
                 else None
                 for name, body in self.sets.items()
             },
@@ -129,6 +133,16 @@ class KernelTable(NamedTuple):
         )
 
 
+def _is_set(body: bytes, described: Set, *, counters: bool) -> bool:
+    """Whether a set that was read is as described."""
+    found = fields(body)
+    has_counter = NFTA_SET_EXPR in found or NFTA_SET_EXPRESSIONS in found
+    wanted = set_body(TABLE, described, counters=counters)
+    return has_counter == (counters and described.counted) and includes(
+        body, wanted, NFTA_LIST_ELEM
+    )
+
+
 class ReadBack(NamedTuple):
     """One table as it was read back, and its elements, of one moment."""
 
@@ -139,15 +153,23 @@ class ReadBack(NamedTuple):
 class Kernel:
     """A connection to nf_tables in this network namespace. Use it as a context manager.
 
-    With `own`, tables are made to belong to this connection where the kernel can do that. Raises
+    With `own`, tables are made to belong to this connection where the kernel can do that. With
+    `kept`, counters go on where they stood when their elements are replaced. Raises
     NotPermitted without CAP_NET_ADMIN. All errors are KernelErrors.
     """
 
-    def __init__(self, *, own: bool = True, connect: Callable[[], NetlinkSocket] = NetlinkSocket):
+    def __init__(
+        self,
+        *,
+        own: bool = True,
+        connect: Callable[[], NetlinkSocket] = NetlinkSocket,
+        kept: KeptCounts | None = None,
+    ):
         try:
             self._socket = connect()
         except OSError as error:
             raise Refused(error.errno or errno.EIO, "a netlink socket to netfilter") from None
+        self.kept = kept
         self._destroys = True  # until the kernel says that it does not know the message
         self.table_flags = self._supported_flags() if own else 0
 
@@ -194,7 +216,12 @@ class Kernel:
         """
         if self.families != FAMILIES:
             transaction = transaction_of(transaction, self.families)
-        return self.send(encode(transaction, self.table_flags))
+        if self.kept is None:
+            return self.send(encode(transaction, self.table_flags))
+        counts = self.kept.before(transaction, self)
+        size = self.send(encode(transaction, self.table_flags, counts))
+        self.kept.after(transaction)
+        return size
 
     @cached_property
     def families(self) -> tuple[int, ...]:
@@ -343,6 +370,34 @@ class Kernel:
             return join_ranges(found)
         return dict(found)
 
+    def counts(self, owner: Set) -> dict[Key, Count]:
+        """The counters of a set's elements, by key; nothing where the set or its counters do not
+        exist."""
+        request = string(NFTA_SET_ELEM_LIST_TABLE, TABLE)
+        request += string(NFTA_SET_ELEM_LIST_SET, owner.name)
+        try:
+            for _ in range(_ELEMENT_TRIES):
+                bodies, complete = self._dump(NFT_MSG_GETSETELEM, owner.family, request)
+                if complete:
+                    break
+        except Stale:
+            return {}
+        return _counts(owner, bodies)
+
+    def counts_of(self, owner: Set, keys: Sequence[Key]) -> dict[Key, Count]:
+        """`counts` of some elements. Those that are absent or have no counter are left out."""
+        if len(keys) > _SINGLE_COUNTS or owner.interval:
+            found = self.counts(owner)
+            return {key: found[key] for key in keys if key in found}
+        head = string(NFTA_SET_ELEM_LIST_TABLE, TABLE)
+        head += string(NFTA_SET_ELEM_LIST_SET, owner.name)
+        bodies: list[bytes] = []
+        for encoded in encode_keys(owner, [(key, None) for key in keys]):
+            request = head + nest(NFTA_SET_ELEM_LIST_ELEMENTS, encoded)
+            with suppress(Stale):
+                bodies.extend(self._ask(NFT_MSG_GETSETELEM, owner.family, request, 0))
+        return _counts(owner, bodies)
+
     def read(self, found: KernelTable) -> Elements:
         """The elements of all known sets of a table that was found, but for dynamic ones."""
         sets = SETS[found.family]
@@ -465,6 +520,16 @@ class Kernel:
                 raise
             self._destroys = False
             self.destroy(owner, elements)
+
+
+def _counts(owner: Set, bodies: Iterable[bytes]) -> dict[Key, Count]:
+    found: dict[Key, Count] = {}
+    with _well_formed():
+        for body in bodies:
+            for kind, payload in attributes(body):
+                if kind == NFTA_SET_ELEM_LIST_ELEMENTS:
+                    found.update(decode_counts(owner, payload))
+    return found
 
 
 def _has_ipv6_sockets() -> bool:

@@ -5,11 +5,12 @@ The kernel applies all of it or nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from rules.language import Chain, Set
 from rules.netlink.attributes import nest, string, u32
+from rules.netlink.counters import Count, encode_counted
 from rules.netlink.elements import encode_elements, encode_keys
 from rules.netlink.expressions import rule_body
 from rules.netlink.messages import (
@@ -58,7 +59,7 @@ from rules.netlink.nftables import (
     NFTA_TABLE_NAME,
 )
 from rules.netlink.sets import set_body
-from rules.text import Element
+from rules.text import Element, Key
 
 _MAX_NEST = 60_000  # an attribute's length is a 16-bit number
 
@@ -137,9 +138,12 @@ class Batch:
         """Deletes a table with all it holds."""
         self.add(NFT_MSG_DELTABLE, family, string(NFTA_TABLE_NAME, name), 0, f"table {name}")
 
-    def new_set(self, table: str, described: Set, count: int = 0) -> None:
-        """Creates a set or map that is to hold `count` elements at once."""
-        body = set_body(table, described, count) + u32(NFTA_SET_ID, len(self._parts) + 1)
+    def new_set(
+        self, table: str, described: Set, count: int = 0, *, counters: bool = False
+    ) -> None:
+        """Creates a set or map that is to hold `count` elements at once; see `set_body`."""
+        body = set_body(table, described, count, counters=counters)
+        body += u32(NFTA_SET_ID, len(self._parts) + 1)
         self.add(NFT_MSG_NEWSET, described.family, body, NLM_F_CREATE, f"set {described.name}")
 
     def delete_set(self, family: int, table: str, name: str) -> None:
@@ -173,9 +177,19 @@ class Batch:
 
     # elements
 
-    def add_elements(self, table: str, owner: Set, elements: Iterable[Element]) -> None:
-        """Adds elements. One that is present with the same data is no error."""
-        encoded = encode_elements(owner, elements)
+    def add_elements(
+        self,
+        table: str,
+        owner: Set,
+        elements: Iterable[Element],
+        counts: Mapping[Key, Count] | None = None,
+    ) -> None:
+        """Adds elements. One that is present with the same data is no error. The counters of those
+        in `counts` begin there."""
+        if counts:
+            encoded = encode_counted(owner, elements, counts)
+        else:
+            encoded = encode_elements(owner, elements)
         self._elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, table, owner, encoded)
 
     def delete_elements(self, table: str, owner: Set, elements: Iterable[Element]) -> None:

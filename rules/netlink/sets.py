@@ -11,6 +11,7 @@ import struct
 
 from rules.language import Concat, Field, Set, Source
 from rules.netlink.attributes import attribute, nest, string, u32
+from rules.netlink.counters import new_counter
 from rules.netlink.nftables import (
     NFT_DATA_VERDICT,
     NFT_META_L4PROTO,
@@ -26,6 +27,7 @@ from rules.netlink.nftables import (
     NFTA_SET_DESC,
     NFTA_SET_DESC_CONCAT,
     NFTA_SET_DESC_SIZE,
+    NFTA_SET_EXPR,
     NFTA_SET_FIELD_LEN,
     NFTA_SET_FLAGS,
     NFTA_SET_KEY_LEN,
@@ -50,8 +52,9 @@ def set_flags(described: Set) -> int:
     return flags
 
 
-def set_body(table: str, described: Set, count: int = 0) -> bytes:
-    """Everything that defines a set but its id; `count` elements will be in it at once."""
+def set_body(table: str, described: Set, count: int = 0, *, counters: bool = False) -> bytes:
+    """Everything that defines a set but its id; `count` elements will be in it at once. With
+    `counters` each element of a counted set gets a counter (Linux 5.7)."""
     body = string(NFTA_SET_TABLE, table) + string(NFTA_SET_NAME, described.name)
     if set_flags(described):
         body += u32(NFTA_SET_FLAGS, set_flags(described))
@@ -67,7 +70,8 @@ def set_body(table: str, described: Set, count: int = 0) -> bytes:
     elif described.interval and len(described.key) > 1:
         lengths = (nest(NFTA_LIST_ELEM, u32(NFTA_SET_FIELD_LEN, f.length)) for f in described.key)
         body += nest(NFTA_SET_DESC, nest(NFTA_SET_DESC_CONCAT, *lengths))
-    return body + attribute(NFTA_SET_USERDATA, user_data(described))
+    body += attribute(NFTA_SET_USERDATA, user_data(described))
+    return body + new_counter(NFTA_SET_EXPR) if counters and described.counted else body
 
 
 def key_type(fields: Concat) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from agent.kernel.counters import KeptCounts
 from agent.kernel.tables import Kernel
 from agent.loop import reader
 from lab.world import World
@@ -24,7 +25,7 @@ class Proxy:
     ) -> None:
         self.world = world
         self.state = State(options or Options(node="node-1"))
-        self.kernel: Kernel = world.run(host, lambda: Kernel(own=own))
+        self.kernel: Kernel = world.run(host, lambda: Kernel(own=own, kept=KeptCounts()))
         self.seconds = 0.0
 
     def __enter__(self) -> Proxy:

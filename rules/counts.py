@@ -1,0 +1,116 @@
+"""What was counted, by Service address: new connections, refusals and drops with their reasons.
+
+A packet that finds a verdict is counted, then perhaps refused or dropped. Such packets are taken
+off again, so `connections` are those that an endpoint was chosen for. What is refused or dropped is
+counted in packets: a client that repeats its SYN is counted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import msgspec
+
+from rules.frontends import FAMILY_OF_LENGTH
+from rules.language import FAMILY_NAME, Set
+from rules.netlink.counters import NO_PACKETS, Count
+from rules.objects import Name, address_text
+from rules.program import Claim
+from rules.state import State
+from rules.tables import FAMILIES, SETS
+from rules.text import Key
+
+Counts = Mapping[Set, Mapping[Key, Count]]
+
+NO_ENDPOINTS = "no_endpoints"
+UNKNOWN_PORT = "unknown_port"
+NO_LOCAL_ENDPOINTS = "no_local_endpoints"
+SOURCE_RANGES = "source_ranges"
+UNALLOCATED = "unallocated"
+
+
+class FrontendCounts(msgspec.Struct, frozen=True):
+    """What was counted at one address and port since the element was made.
+
+    Packets to unknown ports of a cluster IP have a record with the address alone and the port "";
+    packets to addresses that no Service has one for each family, with no Service: `frontend` is
+    "ip" or "ip6".
+    """
+
+    namespace: str
+    service: str
+    port: str
+    frontend: str
+    connections: int = 0
+    refused: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+
+
+def frontend_counts(state: State, counts: Counts) -> Iterator[FrontendCounts]:
+    """The counts of all frontends that Services have, then those without one."""
+    for claim in state.installed:
+        if name := state.holder(claim):
+            yield _of_claim(state, name, claim, counts)
+    yield from _unknown_ports(state, counts)
+    for family in FAMILIES:
+        cidrs = counts.get(SETS[family].service_cidrs, {})
+        if packets := sum(count.packets for count in cidrs.values()):
+            family_name = FAMILY_NAME[family]
+            yield FrontendCounts("", "", "", family_name, dropped={UNALLOCATED: packets})
+
+
+def _of_claim(state: State, name: Name, claim: Claim, counts: Counts) -> FrontendCounts:
+    frontend = state.installed[claim].wanted.frontend
+    sets, key = SETS[claim.verdicts.family], claim.key
+
+    def packets(owner: Set) -> int:
+        return counts.get(owner, {}).get(key, NO_PACKETS).packets
+
+    if frontend.address:
+        seen = packets(sets.service_ips) + packets(sets.inside_ips)
+        refused, dropped = packets(sets.reject_ips), packets(sets.drop_ips)
+    else:
+        seen = packets(sets.service_nodeports) + packets(sets.inside_nodeports)
+        refused, dropped = packets(sets.reject_nodeports), packets(sets.drop_nodeports)
+    outside = packets(sets.guarded)
+    port = frontend.service_port
+    return FrontendCounts(
+        name.namespace,
+        name.name,
+        port.name or str(port.port),
+        str(frontend),
+        max(0, seen - refused - dropped - outside),
+        {NO_ENDPOINTS: refused} if refused else {},
+        {
+            reason: number
+            for reason, number in ((NO_LOCAL_ENDPOINTS, dropped), (SOURCE_RANGES, outside))
+            if number
+        },
+    )
+
+
+def _unknown_ports(state: State, counts: Counts) -> Iterator[FrontendCounts]:
+    for name, service in state.services.items():
+        for address in service.cluster_ips:
+            owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips
+            packets = counts.get(owner, {}).get(address, NO_PACKETS).packets
+            if packets:
+                refused = {UNKNOWN_PORT: packets}
+                where = address_text(address)
+                yield FrontendCounts(name.namespace, name.name, "", where, refused=refused)
+
+
+def by_service(
+    found: Iterable[FrontendCounts],
+) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """Connections, refused and dropped by namespace and name of the Service, summed."""
+    sums: dict[tuple[str, str], tuple[int, int, int]] = {}
+    for one in found:
+        key = one.namespace, one.service
+        connections, refused, dropped = sums.get(key, (0, 0, 0))
+        sums[key] = (
+            connections + one.connections,
+            refused + sum(one.refused.values()),
+            dropped + sum(one.dropped.values()),
+        )
+    return sums

@@ -1,0 +1,162 @@
+"""Counters on the elements: they add up to the connections that were made, and outlive changes.
+
+Real packets in both families; the counts are read back from the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agent.kernel.counters import CountersReader, KeptCounts
+from rules.counts import (
+    NO_ENDPOINTS,
+    NO_LOCAL_ENDPOINTS,
+    SOURCE_RANGES,
+    UNALLOCATED,
+    UNKNOWN_PORT,
+    FrontendCounts,
+    frontend_counts,
+)
+from rules.events import Upsert
+from tests import manifest
+from tests.kernel.conftest import Net
+from tests.kernel.proxy import Proxy
+
+Start = Callable[..., Proxy]
+
+
+def counted(proxy: Proxy) -> dict[str, FrontendCounts]:
+    """The counts by frontend, of those that are not zero."""
+    reader = CountersReader(proxy.kernel.kept or KeptCounts(), lambda: proxy.kernel, seconds=0)
+    found = frontend_counts(proxy.state, reader.read())
+    return {c.frontend: c for c in found if c.connections or c.refused or c.dropped}
+
+
+def total(counts: FrontendCounts) -> tuple[int, dict[str, int], dict[str, int]]:
+    return counts.connections, counts.refused, counts.dropped
+
+
+def at(net: Net, address: str, protocol: str = "tcp") -> str:
+    return f"[{address}]:80/{protocol}" if net.family == 6 else f"{address}:80/{protocol}"
+
+
+def test_connections_are_counted_at_the_address_that_was_asked(proxy: Start, net: Net) -> None:
+    running = proxy()
+    running.put(net.service(), net.slice("pod-1", "pod-2", "remote-1"))
+    for client, frontend, times in (
+        ("pod-3", "cluster-ip", 3),
+        ("node", "cluster-ip", 2),
+        ("client", "node-port", 4),
+        ("client", "external-ip", 5),
+        ("client", "balancer-ip", 1),
+    ):
+        for _ in range(times):
+            net.server(client, net.at(frontend))
+    net.server("pod-3", net.at("cluster-ip"), "udp")
+    assert {where: total(c) for where, c in counted(running).items()} == {
+        at(net, net.cluster_ip): (5, {}, {}),
+        at(net, net.cluster_ip, "udp"): (1, {}, {}),
+        "node port 30080/tcp": (4, {}, {}),
+        at(net, net.external_ip): (5, {}, {}),
+        at(net, net.balancer_ip): (1, {}, {}),
+    }
+
+
+def test_clients_inside_are_counted_under_policy_local(proxy: Start, net: Net) -> None:
+    running = proxy(cluster_cidr="10.244.0.0/16,fd00:10:244::/48", detect_local_mode="ClusterCIDR")
+    running.put(net.service(externalTrafficPolicy="Local"), net.slice("pod-1", "remote-1"))
+    for _ in range(3):
+        net.server("pod-3", net.at("external-ip"))
+    for _ in range(2):
+        net.server("client", net.at("external-ip"))
+    assert total(counted(running)[at(net, net.external_ip)]) == (5, {}, {})
+
+
+def test_refusals_and_drops_are_counted_by_reason(proxy: Start, net: Net) -> None:
+    running = proxy()
+    running.put(
+        net.service(externalTrafficPolicy="Local", loadBalancerSourceRanges=["192.0.2.0/24"]),
+        net.slice("remote-1"),
+        net.service("empty", cluster_ips=[net.other_cluster_ip], type="ClusterIP", externalIPs=[],
+                    ingress=[]),
+    )  # fmt: skip
+    assert net.ask("pod-3", (net.other_cluster_ip, 80), timeout=0.9).outcome == "refused"
+    assert net.ask("pod-3", (net.cluster_ip, 81), "udp", timeout=0.9).outcome == "refused"
+    for _ in range(2):
+        assert net.ask("client", net.at("external-ip"), "udp", timeout=0.1).outcome == "silent"
+    for _ in range(3):
+        assert net.ask("client", net.at("balancer-ip"), "udp", timeout=0.1).outcome == "silent"
+    assert net.ask("pod-3", (net.unallocated_ip, 80), "udp", timeout=0.1).outcome == "silent"
+    found = counted(running)
+    assert total(found[at(net, net.other_cluster_ip)]) == (0, {NO_ENDPOINTS: 1}, {})
+    assert total(found[net.cluster_ip]) == (0, {UNKNOWN_PORT: 1}, {})
+    dropped = (0, {}, {NO_LOCAL_ENDPOINTS: 2})
+    assert total(found[at(net, net.external_ip, "udp")]) == dropped
+    assert total(found[at(net, net.balancer_ip, "udp")]) == (0, {}, {SOURCE_RANGES: 3})
+    assert total(found["ip6" if net.family == 6 else "ip"]) == (0, {}, {UNALLOCATED: 1})
+
+
+def test_source_ranges_count_what_they_drop_alone(proxy: Start, net: Net) -> None:
+    running = proxy()
+    ranges = [f"{net.address('client')}/{128 if net.family == 6 else 32}"]
+    running.put(net.service(loadBalancerSourceRanges=ranges), net.slice("remote-1"))
+    for _ in range(4):
+        net.server("client", net.at("balancer-ip"))
+    assert net.ask("pod-3", net.at("balancer-ip"), "udp", timeout=0.1).outcome == "silent"
+    found = counted(running)
+    assert total(found[at(net, net.balancer_ip)]) == (4, {}, {})
+    assert total(found[at(net, net.balancer_ip, "udp")]) == (0, {}, {SOURCE_RANGES: 1})
+
+
+def test_counts_go_on_when_a_service_outgrows_its_width(proxy: Start, net: Net) -> None:
+    running = proxy()
+    running.put(net.service(), net.slice("pod-1"))
+    for _ in range(3):
+        net.server("pod-3", net.at("cluster-ip"))
+    change = running.put(net.slice("pod-1", "pod-2", "remote-1", "remote-2"))
+    assert any(owner.verdicts for owner in change.change.removed)  # another width
+    net.server("pod-3", net.at("cluster-ip"))
+    assert total(counted(running)[at(net, net.cluster_ip)]) == (4, {}, {})
+
+
+def test_refusals_are_shown_after_endpoints_are_back_and_go_on(proxy: Start, net: Net) -> None:
+    running = proxy()
+    running.put(net.service())
+    for _ in range(2):
+        net.expect_refusal(net.at("cluster-ip"), "pod-3")
+    refused = counted(running)[at(net, net.cluster_ip, "udp")].refused[NO_ENDPOINTS]
+    running.put(net.slice("pod-1"))
+    net.server("pod-3", net.at("cluster-ip"), "udp")
+    assert total(counted(running)[at(net, net.cluster_ip, "udp")]) == (
+        *(1, {NO_ENDPOINTS: refused}, {}),
+    )
+    running.put(net.slice())
+    net.expect_refusal(net.at("cluster-ip"), "pod-3")
+    assert counted(running)[at(net, net.cluster_ip, "udp")].refused == {NO_ENDPOINTS: refused + 1}
+
+
+def test_an_address_of_another_service_begins_at_zero(proxy: Start, net: Net) -> None:
+    running = proxy()
+    service = net.service()
+    running.put(service)
+    net.expect_refusal(net.at("cluster-ip"), "pod-3")
+    running.delete(service)
+    running.put(net.service("heir"))
+    assert not counted(running)
+
+
+def test_counts_survive_a_restart_and_a_recreated_table(net: Net) -> None:
+    objects = manifest.node(), net.service(), net.slice("pod-1")
+    recreated = []
+    for own in (True, True, False, True):  # a restart, then tables of another ownership
+        running = Proxy(net.world, own=own)
+        running.state.apply([Upsert(o) for o in objects])
+        transaction = running.resync()
+        recreated.append(any(t.delete for t in transaction.tables))
+        net.server("pod-3", net.at("cluster-ip"))
+        found = total(counted(running)[at(net, net.cluster_ip)])
+        if len(recreated) == 4:
+            running.kernel.remove()
+        running.kernel.close()
+    assert recreated == [False, False, True, True]
+    assert found == (4, {}, {})
