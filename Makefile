@@ -3,7 +3,7 @@
 # make test-unit  tests/unit alone: no root, under a minute
 # make coverage   lines of rules and agent run by tests/unit and tests/cluster, with a floor (root)
 # make lint       ruff and mypy over product, lab, bench and tests
-# make bench      measure everything, and write docs/performance.md (root, about 10 minutes)
+# make bench      measure everything, and write docs/performance.md (root, about 15 minutes)
 # make hooks      run the linters before each commit
 # make .venv      the virtual environment alone, with `sliceproxy` in .venv/bin
 #

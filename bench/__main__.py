@@ -28,7 +28,7 @@ first-packet  what a connection's first packet through a cluster IP takes longer
 connections   opened a second, and the throughput of one, with our rules, others and none
 conntrack     a UDP endpoint goes while the table holds a million flows
 growth        load at more sizes, for the curve
-all           all of these, then profile and report (under 15 minutes)
+all           all of these, then profile and report (about 15 minutes)
 
 profile       where the time of a start and of a change goes
 report        writes docs/performance.md and its plots from the JSON files

@@ -183,13 +183,16 @@ def say(text: str) -> None:
 # --- comparing ----------------------------------------------------------------------------------
 
 _YARDSTICK = {"s": "python_loop_ms", "ms": "wake_up_us"}
+_RATES = {"a second", "Gbit/s"}
+"""Units of values that are better when they are more."""
 
 
 def compare(before: Path, after: Path) -> tuple[list[str], int]:
     """Lines that say what changed beyond noise, and how many values got worse.
 
     Times are related to the yardstick of their own run. Noise is the wider of the two spreads
-    (between the quartiles), and LEAST_NOISE at least. All values are better when they are less.
+    (between the quartiles), and LEAST_NOISE at least. Values are better when they are less, rates
+    when they are more.
     """
     old, new = _by_name(before), _by_name(after)
     lines, worse = [], 0
@@ -206,8 +209,9 @@ def compare(before: Path, after: Path) -> tuple[list[str], int]:
         difference = b["median"] - expected
         if abs(difference) <= noise:
             continue
-        verdict = "WORSE" if difference > 0 else "better"
-        worse += difference > 0
+        is_worse = (difference > 0) != (a["unit"] in _RATES)
+        verdict = "WORSE" if is_worse else "better"
+        worse += is_worse
         lines.append(
             f"{verdict}: {' '.join(key)}: {a['median']:.4g} -> {b['median']:.4g} {a['unit']}"
             f" (expected {expected:.4g} on this machine now, noise {noise:.2g})"
