@@ -52,6 +52,12 @@ if TYPE_CHECKING:
     from agent.serve.api import ApiServer
 
 
+SWITCH_SECONDS = 0.0005
+"""How long the loop waits for the interpreter while another thread computes, for instance an
+answer of the API. The loop gives it up at each system call, a few times for each change, and with
+Python's 5 ms such a change took 27 ms (docs/design/0010-insight.md)."""
+
+
 class CannotRun(Exception):
     """The agent cannot start or go on; the message gives the reason and the remedy."""
 
@@ -98,6 +104,7 @@ def _advice(error: BaseException) -> str:
 def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogger) -> None:
     gc.disable()  # until the loop has programmed everything once, see `loop.LOAD_SECONDS`
     raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_SECONDS)
     with ExitStack() as stack:
         kernel = stack.enter_context(Kernel(own=not settings.no_own))
         chosen = settings.options()

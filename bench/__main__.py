@@ -24,6 +24,7 @@ memory, idle  what it holds and uses while nothing happens
 churn         every endpoint replaced, one by one, over a minute
 change        one endpoint replaced: event in the socket to notification; CPU for it
 burst         all endpoints of all Services replaced at once
+api           the agent's API: the loop's pause, answers, changes while it is polled
 first-packet  what a connection's first packet through a cluster IP takes longer
 connections   opened a second, and the throughput of one, with our rules, others and none
 conntrack     a UDP endpoint goes while the table holds a million flows
@@ -67,7 +68,7 @@ def _arguments() -> argparse.Namespace:
         default="all",
         choices=(
             *("load", "restart", "memory", "idle", "change", "churn", "burst", "first-packet"),
-            *("growth", "connections", "conntrack"),
+            *("growth", "connections", "conntrack", "api"),
             *("all", "profile", "report", "compare"),
         ),
     )
@@ -91,7 +92,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    from bench import connections, conntrack, first_packet, profiling
+    from bench import api, connections, conntrack, first_packet, profiling
     from bench.measure import MEASURES, Repeats, measure
     from bench.objects import Size
     from bench.process import MeasureError
@@ -114,6 +115,8 @@ def _measure(arguments: argparse.Namespace) -> int:
         wanted = set(MEASURES) if everything else chosen & set(MEASURES)
         for size in sizes if wanted else ():
             measure(wanted, size, repeats, results, **how)
+        if everything or "api" in chosen:
+            api.measure(sizes, results, quick=arguments.quick)
         if everything or "first-packet" in chosen:
             first_packet.measure(sizes, results, quick=arguments.quick)
         if everything or "connections" in chosen:

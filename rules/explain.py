@@ -389,6 +389,17 @@ def _is_in_pod_networks(address: Address, family: int, elements: Elements) -> bo
     return any(isinstance(high, bytes) and low <= address <= high for low, high in networks)
 
 
+def _endpoints_at(state: State, addresses: frozenset[Address]) -> set[Address]:
+    """Which of these are addresses of endpoints. It looks at every endpoint of the cluster."""
+    return {
+        endpoint.address
+        for pieces in state.slices.values()
+        for piece in pieces
+        for endpoint in piece.endpoints
+        if endpoint.address in addresses
+    }
+
+
 def _local_endpoints(state: State) -> frozenset[Address]:
     """The endpoints on this node, of any Service."""
     node = state.options.node
@@ -433,9 +444,10 @@ def _node_address(state: State, target: Destination) -> Address:
 def _some_pod(state: State, family: int, elements: Elements) -> Address:
     """An address that a pod of this node could have, preferably one that no pod has."""
     cidrs = (*(state.node.pod_cidrs if state.node else ()), *state.options.cluster_cidrs)
-    taken = {endpoint.address for _, endpoint in _all_endpoints(state)} | state.local.own()
     networks = [network for network in cidrs if network.version == family]
-    free = [a for a in chain.from_iterable(map(_some_of, networks)) if a not in taken]
+    some = list(chain.from_iterable(map(_some_of, networks)))
+    taken = _endpoints_at(state, frozenset(some)) | state.local.own()
+    free = [a for a in some if a not in taken]
     in_use = (a for a in free if _is_in_pod_networks(a, family, elements))
     return next(chain(in_use, free), _SOMEWHERE[family][0])
 

@@ -459,6 +459,7 @@ def test_as_the_daemonset_has_it(node: Node, tmp_path: Path, wired: str) -> None
                     "mode": "ro",
                 },
             },
+            tmpfs={"/run/sliceproxy": "size=1m"},
         )
         agent.wait("programmed")
         assert servers(node.world, "pod-3") == {"pod-1", "pod-2"}
@@ -466,6 +467,8 @@ def test_as_the_daemonset_has_it(node: Node, tmp_path: Path, wired: str) -> None
             path = container[probe]["httpGet"]["path"]
             code, said = get(node.world, "client", f"http://172.31.0.2:10256{path}")
             assert code == 200, (probe, said)
+        code, said = agent.container.exec_run(["sliceproxy", "status", "-o", "json"])
+        assert (code, json.loads(said)["ready"]) == (0, True), said
         warnings = [line for line in agent.lines() if line.get("level") in ("warning", "error")]
         assert not warnings
         assert agent.stop() == 0

@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from agent.cli.client import SOCKET
 from agent.config import file as config_file
 from agent.config.settings import Settings
 from agent.kernel.sysctl import ConntrackSettings
@@ -118,7 +119,7 @@ def test_confinement_is_that_of_the_container_tests() -> None:
     assert not context["privileged"]
     (init,) = POD["initContainers"]
     assert init["securityContext"]["privileged"], "the one container that writes /proc/sys"
-    assert init["args"] == ["init", *CONTAINER["args"][1:]]
+    assert init["args"] == ["init", *CONTAINER["args"][1:3]]
     assert "hostPID" not in POD
     assert not any("hostPath" in volume for volume in POD["volumes"])
 
@@ -134,7 +135,9 @@ def test_configuration_is_one_that_the_agent_takes() -> None:
     mount, run = CONTAINER["volumeMounts"]
     assert run["mountPath"] == "/run/sliceproxy"
     assert settings.kubeconfig == f"{mount['mountPath']}/kubeconfig.conf"
-    assert CONTAINER["args"] == ["run", "--config", f"{mount['mountPath']}/config.conf"]
+    config = f"{mount['mountPath']}/config.conf"
+    assert CONTAINER["args"] == ["run", "--config", config, f"--api-socket={SOCKET}"]
+    assert SOCKET.startswith(f"{run['mountPath']}/")
     (port,) = CONTAINER["ports"]
     healthz = settings.healthz()
     assert healthz
