@@ -1,7 +1,7 @@
 # make demo       balance real connections in a small world of network namespaces (root)
 # make test       all tests (root; without it, the tests that need no root)
 # make test-unit  tests/unit alone: no root, under a minute
-# make coverage   lines of rules and agent run by tests/unit and tests/cluster, with a floor (root)
+# make coverage   lines of rules and agent that tests/unit runs, with a floor
 # make lint       ruff and mypy over product, lab, bench and tests
 # make bench      measure everything, and write docs/performance.md (root, about 15 minutes)
 # make hooks      run the linters before each commit
@@ -29,11 +29,9 @@ test-unit: .venv/tests-ready
 
 FLOOR := 80
 
-# without the soak, which runs for minutes and covers nothing more
 coverage: .venv/tests-ready
 	rm -f .coverage .coverage.*
-	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/coverage run -m pytest -m "unit or cluster" \
-		--ignore tests/cluster/test_soak.py $(PYTEST)
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/coverage run -m pytest -m unit $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=$(FLOOR)
 
