@@ -22,6 +22,7 @@ from agent.config.kube_proxy import FIELDS, Field
 from agent.config.settings import OPTIONS, Settings
 from agent.kernel.sysctl import ConntrackSettings
 from rules.options import DetectLocalMode
+from tests.fuzzing import fuzzed
 
 HERE = Path(__file__).parent
 KUBEADM = HERE.parent / "recordings" / "kubeadm-kube-proxy.yaml"
@@ -462,11 +463,13 @@ def as_go_prints(nanoseconds: int) -> str:
     return f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
 
 
+@fuzzed(100)
 @given(st.integers(0, 2**53))
 def test_durations_as_go_prints_them(nanoseconds: int) -> None:
     assert parse_duration(as_go_prints(nanoseconds)) == pytest.approx(nanoseconds / 1e9, abs=1e-9)
 
 
+@fuzzed(100)
 @given(st.integers(0, 10**6), st.sampled_from(["ns", "us", "µs", "μs", "ms", "s", "m", "h"]))
 def test_durations_of_one_unit(number: int, unit: str) -> None:
     factor = {"ns": 1e-9, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}.get(unit, 1e-6)
@@ -474,6 +477,7 @@ def test_durations_of_one_unit(number: int, unit: str) -> None:
     assert parse_duration(f"-{number}{unit}") == pytest.approx(-number * factor)
 
 
+@fuzzed(100)
 @given(st.text(max_size=12))
 def test_any_text_is_a_duration_or_a_value_error(text: str) -> None:
     with contextlib.suppress(ValueError):

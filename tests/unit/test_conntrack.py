@@ -36,6 +36,7 @@ from rules.stale_flows import (
 )
 from rules.state import State
 from rules.tables import SETS
+from tests.fuzzing import fuzzed
 from tests.manifest import endpoint, endpoint_slice, node, service
 
 
@@ -126,6 +127,7 @@ def test_when_to_look(before: set[bytes], after: set[bytes], look: bool) -> None
     assert must_look(frozenset(before), frozenset(after)) is look
 
 
+@fuzzed(100)
 @given(
     before=st.frozensets(st.sampled_from([A, B, C])),
     after=st.frozensets(st.sampled_from([A, B, C])),
@@ -217,6 +219,7 @@ def targets(length: int) -> st.SearchStrategy[bytes]:
     return st.builds(lambda a, p: a + struct.pack("!Hxx", p), addresses, st.integers(0, 65535))
 
 
+@fuzzed(100)
 @given(
     st.sampled_from([4, 16]).flatmap(lambda n: st.tuples(targets(n), targets(n), targets(n))),
     st.sampled_from([0, 0, 1, 4242]),

@@ -32,6 +32,7 @@ from agent.sources.manifests.follower import Content, ManifestError, ManifestFol
 from agent.sources.manifests.paths import resolve
 from rules.events import Delete, Event, Synced, Upsert
 from rules.objects import EndpointSlice, Name, Node, Object, Service, ServiceCIDR
+from tests.fuzzing import fuzzed
 
 RECORDINGS = Path(__file__).parent.parent / "recordings"
 TIMEOUT = 30
@@ -328,6 +329,7 @@ json_values = st.recursive(
 )
 
 
+@fuzzed(100)
 @given(json_values, st.booleans())
 def test_yaml_means_what_was_dumped(value: object, flow: bool) -> None:
     text = yaml.safe_dump(value, default_flow_style=flow)
@@ -336,6 +338,7 @@ def test_yaml_means_what_was_dumped(value: object, flow: bool) -> None:
     assert type(document) is type(value)
 
 
+@fuzzed(100)
 @given(
     st.binary(max_size=200)
     | st.text("{}[]:,&*!<>-?|'\"#% \n\tab019._~", max_size=80).map(str.encode)

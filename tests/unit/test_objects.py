@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rules.decode import KINDS, decode, decode_any, shallow
@@ -35,6 +35,7 @@ from rules.objects import (
     parse_network,
 )
 from tests import manifest
+from tests.fuzzing import fuzzed
 
 RECORDINGS = sorted((Path(__file__).parent.parent / "recordings").glob("*list-*.json"))
 KIND_OF = {
@@ -43,7 +44,6 @@ KIND_OF = {
     "NodeList": Node,
     "ServiceCIDRList": ServiceCIDR,
 }
-deterministic = settings(derandomize=True, deadline=None, database=None)
 
 
 def packed(text: str) -> bytes:
@@ -293,7 +293,7 @@ def test_old_forms_of_networks_are_read_as_kube_proxy_reads_them(text, usual):
     assert parse_network(text) == ipaddress.ip_network(usual)
 
 
-@deterministic
+@fuzzed(100)
 @given(st.ip_addresses())
 def test_an_address_is_refused_or_is_its_packed_form(address):
     address = getattr(address, "ipv4_mapped", None) or address
@@ -308,7 +308,7 @@ def test_an_address_is_refused_or_is_its_packed_form(address):
         )
 
 
-@deterministic
+@fuzzed(100)
 @given(st.text(max_size=20))
 def test_any_text_is_an_address_or_a_value_error(text):
     for parse in (parse_address, parse_network):
@@ -455,7 +455,7 @@ def test_source_ranges_of_which_none_is_usable_refuse_all_sources():
     assert found.problems[-1].endswith("no usable range; all sources are refused")
 
 
-@deterministic
+@fuzzed(100)
 @given(st.lists(st.ip_addresses().filter(lambda a: not getattr(a, "ipv4_mapped", None)).flatmap(
     lambda a: st.integers(0, a.max_prefixlen).map(lambda n: f"{a}/{n}")), max_size=6)
 )  # fmt: skip
@@ -731,7 +731,7 @@ def test_nesting_in_a_field_that_is_read_costs_that_object():
     assert good.name.name == "b"
 
 
-@deterministic
+@fuzzed(100)
 @given(
     st.recursive(
         st.none() | st.text(max_size=4),
@@ -779,13 +779,13 @@ def check_documents(data: bytes) -> None:
             assert found.reason
 
 
-@deterministic
+@fuzzed(100)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_never_raise(data):
     check_documents(data)
 
 
-@deterministic
+@fuzzed(100)
 @given(json_values | shapes)
 def test_arbitrary_json_never_raises(value):
     check_documents(json.dumps(value).encode())
@@ -828,7 +828,7 @@ def paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-@settings(deterministic, max_examples=500)
+@fuzzed(500)
 @given(st.data(), st.sampled_from(GOOD), json_values)
 def test_a_good_object_with_one_value_replaced_never_raises(data, document, value):
     document = json.loads(json.dumps(document))

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.sources.kubernetes.formats import MAX_EVENT_BYTES, Lines
@@ -31,6 +31,7 @@ from rules.objects import (
     Object,
     Service,
 )
+from tests.fuzzing import fuzzed
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 SERVICES, SLICES, NODE, CIDRS = resources("node-1")
@@ -159,8 +160,8 @@ cuts = st.lists(st.integers(0, 2**20), max_size=60)
 @pytest.mark.parametrize(
     ("resource", "plural"), [(SERVICES, "services"), (SLICES, "endpointslices")]
 )
+@fuzzed(25)
 @given(first=cuts, second=cuts)
-@settings(max_examples=25, deadline=None)
 def test_lists_and_watches_give_the_final_lists(
     resource: Resource, plural: str, first: list[int], second: list[int]
 ) -> None:
@@ -178,8 +179,8 @@ def test_lists_and_watches_give_the_final_lists(
     assert not client.reflector.invalid
 
 
+@fuzzed(25)
 @given(pieces=cuts)
-@settings(max_examples=25, deadline=None)
 def test_streams_say_the_same_however_they_are_split(pieces: list[int]) -> None:
     data = recording("watchlist-endpointslices.jsonl")
     whole, split_up = Client(SLICES, streams=True), Client(SLICES, streams=True)
@@ -674,6 +675,7 @@ def test_resources() -> None:
     )
 
 
+@fuzzed(100)
 @given(st.lists(st.binary(max_size=20), max_size=30))
 def test_lines(pieces: list[bytes]) -> None:
     lines = Lines()

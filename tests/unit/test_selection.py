@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rules.objects import (
@@ -31,12 +31,11 @@ from rules.selection import (
 )
 from rules.target import target_of
 from tests import manifest, oracle
+from tests.fuzzing import fuzzed
 
 HERE = NodeLocation("node-1", "z1")
 READY_SERVING = READY | SERVING
 LEAVING = SERVING | TERMINATING
-
-deterministic = settings(derandomize=True, deadline=None, database=None)
 
 
 def endpoint(
@@ -323,7 +322,7 @@ some_endpoints = st.lists(
 )
 
 
-@deterministic
+@fuzzed(100)
 @given(st.lists(some_endpoints, max_size=3), st.sampled_from(("z1", "z2", "z3", "")))
 def test_both_lists_are_what_a_second_reading_of_the_specification_says(content, zone):
     slices = [piece(*endpoints, name=f"s{n}") for n, endpoints in enumerate(content)]
@@ -340,7 +339,7 @@ def test_both_lists_are_what_a_second_reading_of_the_specification_says(content,
         assert (selection.basis is Basis.NONE) == (not wanted)
 
 
-@deterministic
+@fuzzed(100)
 @given(some_endpoints, st.booleans())
 def test_whether_a_reason_speaks_of_use_agrees_with_the_selection(content, local):
     mine = found(*content)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rules.slots import DRAWS, LADDER, MAX_ENDPOINTS, assign, fewest, fitting
 from rules.tables import Layout, balancer, build
-
-deterministic = settings(derandomize=True, deadline=None, database=None)
+from tests.fuzzing import fuzzed
 
 
 def target(number: int) -> bytes:
@@ -34,7 +33,7 @@ def moved(before: tuple[bytes, ...], after: tuple[bytes, ...]) -> set[bytes]:
 # --- assign --------------------------------------------------------------------------------------
 
 
-@deterministic
+@fuzzed(100)
 @given(slots(), targets)
 def test_every_wanted_endpoint_has_one_slot_and_nothing_else_has(before, wanted):
     after = assign(before, wanted)
@@ -42,7 +41,7 @@ def test_every_wanted_endpoint_has_one_slot_and_nothing_else_has(before, wanted)
     assert set(after) == set(wanted)
 
 
-@deterministic
+@fuzzed(100)
 @given(slots(), targets)
 def test_an_endpoint_moves_only_if_its_slot_is_beyond_the_new_length(before, wanted):
     after = assign(before, wanted)
@@ -50,7 +49,7 @@ def test_an_endpoint_moves_only_if_its_slot_is_beyond_the_new_length(before, wan
     assert moved(before, after) == {t for t in staying if before.index(t) >= len(after)}
 
 
-@deterministic
+@fuzzed(100)
 @given(slots(), targets)
 def test_no_more_slots_change_than_endpoints_come_or_move(before, wanted):
     after = assign(before, wanted)
@@ -59,7 +58,7 @@ def test_no_more_slots_change_than_endpoints_come_or_move(before, wanted):
     assert len(changed) == len(coming) + len(moved(before, after))
 
 
-@deterministic
+@fuzzed(100)
 @given(slots(), st.randoms(use_true_random=False))
 def test_the_same_endpoints_in_another_order_are_the_same_slots(before, random):
     wanted = list(before)
@@ -67,14 +66,14 @@ def test_the_same_endpoints_in_another_order_are_the_same_slots(before, random):
     assert assign(before, wanted) is before
 
 
-@deterministic
+@fuzzed(100)
 @given(slots(), targets)
 def test_assigning_again_changes_nothing(before, wanted):
     after = assign(before, wanted)
     assert assign(after, wanted) is after
 
 
-@deterministic
+@fuzzed(100)
 @given(targets)
 def test_a_new_list_keeps_its_order(wanted):
     assert assign((), wanted) == tuple(wanted)
@@ -115,13 +114,13 @@ def test_the_ladder_rises_and_at_most_doubles():
     assert all(low < high <= 2 * low for low, high in itertools.pairwise(LADDER))
 
 
-@deterministic
+@fuzzed(100)
 @given(st.integers(0, MAX_ENDPOINTS))
 def test_a_new_list_gets_the_first_width_that_holds_it(count):
     assert fitting(count) == min(width for width in LADDER if width >= count)
 
 
-@deterministic
+@fuzzed(100)
 @given(st.integers(1, MAX_ENDPOINTS), st.sampled_from(LADDER))
 def test_a_width_is_kept_while_the_list_fits_it_and_fills_fewest_of_it(count, width):
     if fewest(width) <= count <= width:
@@ -142,7 +141,7 @@ def test_a_width_just_grown_into_is_filled_enough_to_be_kept(width):
     assert 1 <= fewest(width) <= smallest <= width
 
 
-@deterministic
+@fuzzed(100)
 @given(st.lists(st.integers(0, 200), min_size=1))
 def test_whatever_the_history_the_fixed_draw_hits(counts):
     """The last draw is over the first `fewest` slots: all of them must be filled."""
@@ -199,7 +198,7 @@ def test_the_worst_share_is_the_documented_one(width):
             assert shares(count, width)[1] * count >= 1 - (2 / 3) ** DRAWS
 
 
-@settings(deterministic, max_examples=20)
+@fuzzed(20)
 @given(st.sampled_from(LADDER), st.booleans(), st.booleans())
 def test_the_rules_draw_as_often_as_documented(width, node_port, inside):
     chains = {chain.name: chain for chain in build(Layout(4)).chains}
