@@ -13,11 +13,12 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import queue
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from agent.config.file import ConfigFile
 from agent.config.settings import Settings
 from agent.kernel import addresses, kube_proxy
 from agent.kernel.affinity import AffinityWatch
+from agent.kernel.counters import CountersReader, KeptCounts
 from agent.kernel.errors import KernelError
 from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.sysctl import configure
@@ -39,6 +41,7 @@ from agent.serve.http import TcpAddress, UnixAddress, raise_descriptor_limit
 from agent.serve.localhost_ports import LocalhostPorts
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
 from agent.worker import Worker
+from rules.counts import FrontendCounts, frontend_counts
 from rules.events import Event
 from rules.health_check import HealthCheck
 from rules.history import History
@@ -106,7 +109,8 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     with ExitStack() as stack:
-        kernel = stack.enter_context(Kernel(own=not settings.no_own))
+        kept = KeptCounts() if settings.counters else None
+        kernel = stack.enter_context(Kernel(own=not settings.no_own, kept=kept))
         chosen = settings.options()
         queued: list[Callable[[Failed], None]] = []
 
@@ -155,7 +159,21 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         for worker in (network, affinity, *([ports] if ports else ())):
             stack.callback(worker.stop)
             worker.start()
-        api = _api_server(settings, loop, served, logger, failed=failed, kernel=kernel)
+        counters = CountersReader(kept, partial(Kernel, own=False)) if kept else None
+        if counters and settings.metrics_frontends:
+            snapshots = _Snapshots(loop)
+            reports.recorder.frontends_from(
+                lambda: _frontend_counts(snapshots, counters), settings.metrics_frontends
+            )
+        api = _api_server(
+            settings,
+            loop,
+            served,
+            logger,
+            failed=failed,
+            kernel=kernel,
+            counters=counters,
+        )
         if api:
             stack.callback(api.stop)
             api.start()
@@ -325,6 +343,7 @@ def _api_server(
     *,
     failed: Callable[[str, Exception], None],
     kernel: Kernel,
+    counters: CountersReader | None,
 ) -> ApiServer | None:
     """The read-only API, if it is asked for."""
     bind = settings.api()
@@ -351,6 +370,7 @@ def _api_server(
         difference=partial(difference, kernel=kernel),
         owns_tables=bool(kernel.table_flags),
         started=time.time(),
+        counts=counters.read if counters else None,
     )
     return ApiServer(
         Api(sources),
@@ -359,6 +379,35 @@ def _api_server(
         UnixAddress(settings.api_socket) if settings.api_socket else None,
         TcpAddress(*bind) if bind else None,
     )
+
+
+SNAPSHOT_SECONDS = 1.0
+"""How long a scrape waits for the loop."""
+
+
+class _Snapshots:
+    """The state for scrapes: as it is now, or while the loop is busy, as it was last."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._last: State | None = None
+
+    def take(self) -> State | None:
+        """None before the loop's first answer."""
+        answers: queue.SimpleQueue[State] = queue.SimpleQueue()
+        self._loop.put(Ask(answers.put))
+        with suppress(queue.Empty):
+            self._last = answers.get(timeout=SNAPSHOT_SECONDS)
+        return self._last
+
+
+def _frontend_counts(snapshots: _Snapshots, counters: CountersReader) -> list[FrontendCounts]:
+    """What was counted at each frontend; nothing while that cannot be read."""
+    state = snapshots.take()
+    try:
+        return list(frontend_counts(state, counters.read())) if state else []
+    except KernelError:
+        return []
 
 
 def _chosen(settings: Settings) -> dict[str, str]:

@@ -20,7 +20,7 @@ from rules.state import State
 from rules.tables import FAMILIES, SETS
 from rules.text import Key
 
-Counts = Mapping[Set, Mapping[Key, Count]]
+PacketCounts = Mapping[Set, Mapping[Key, Count]]
 
 NO_ENDPOINTS = "no_endpoints"
 UNKNOWN_PORT = "unknown_port"
@@ -46,11 +46,11 @@ class FrontendCounts(msgspec.Struct, frozen=True):
     dropped: dict[str, int] = {}
 
 
-def frontend_counts(state: State, counts: Counts) -> Iterator[FrontendCounts]:
+def frontend_counts(state: State, counts: PacketCounts) -> Iterator[FrontendCounts]:
     """The counts of all frontends that Services have, then those without one."""
     for claim in state.installed:
         if name := state.holder(claim):
-            yield _of_claim(state, name, claim, counts)
+            yield claim_counts(state, name, claim, counts)
     yield from _unknown_ports(state, counts)
     for family in FAMILIES:
         cidrs = counts.get(SETS[family].service_cidrs, {})
@@ -59,7 +59,8 @@ def frontend_counts(state: State, counts: Counts) -> Iterator[FrontendCounts]:
             yield FrontendCounts("", "", "", family_name, dropped={UNALLOCATED: packets})
 
 
-def _of_claim(state: State, name: Name, claim: Claim, counts: Counts) -> FrontendCounts:
+def claim_counts(state: State, name: Name, claim: Claim, counts: PacketCounts) -> FrontendCounts:
+    """The counts of one frontend, which this Service has."""
     frontend = state.installed[claim].wanted.frontend
     sets, key = SETS[claim.verdicts.family], claim.key
 
@@ -89,7 +90,7 @@ def _of_claim(state: State, name: Name, claim: Claim, counts: Counts) -> Fronten
     )
 
 
-def _unknown_ports(state: State, counts: Counts) -> Iterator[FrontendCounts]:
+def _unknown_ports(state: State, counts: PacketCounts) -> Iterator[FrontendCounts]:
     for name, service in state.services.items():
         for address in service.cluster_ips:
             owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from rules.counts import PacketCounts, claim_counts
 from rules.frontends import Frontend
 from rules.objects import PROTOCOL_NAMES, Name, Service
 from rules.program import Claim, Wanted
@@ -55,14 +56,18 @@ class ServiceLine(msgspec.Struct, frozen=True):
     frontends: tuple[FrontendLine, ...]
 
 
-def services(state: State, namespace: str = "") -> list[ServiceLine]:
+def services(
+    state: State, namespace: str = "", counts: PacketCounts | None = None
+) -> list[ServiceLine]:
     """The lines of all Services, or of one namespace's, ordered by name. `state` has been
     stepped."""
     names = sorted(n for n in state.services if not namespace or n.namespace == namespace)
-    return [line for name in names for line in service_lines(state, name)]
+    return [line for name in names for line in service_lines(state, name, counts)]
 
 
-def service_lines(state: State, name: Name) -> Iterator[ServiceLine]:
+def service_lines(
+    state: State, name: Name, counts: PacketCounts | None = None
+) -> Iterator[ServiceLine]:
     """The lines of one Service."""
     service = state.services[name]
     program = state.programs.get(name)
@@ -76,7 +81,9 @@ def service_lines(state: State, name: Name) -> Iterator[ServiceLine]:
         groups.setdefault(key, []).append((claim, wanted))
     totals = _totals(state, name)
     for (family, number, protocol, port_name), members in groups.items():
-        lines = tuple(_frontend_line(state, name, claim, wanted) for claim, wanted in members)
+        lines = tuple(
+            _frontend_line(state, name, claim, wanted, counts) for claim, wanted in members
+        )
         first = members[0][1]
         yield ServiceLine(
             name.namespace,
@@ -122,14 +129,25 @@ def _totals(state: State, name: Name) -> dict[tuple[int, str, int], int]:
     return {key: len(addresses) for key, addresses in found.items()}
 
 
-def _frontend_line(state: State, name: Name, claim: Claim, wanted: Wanted) -> FrontendLine:
+def _frontend_line(
+    state: State, name: Name, claim: Claim, wanted: Wanted, counts: PacketCounts | None
+) -> FrontendLine:
     frontend: Frontend = wanted.frontend
     holder = state.holder(claim)
     if holder != name:
         return FrontendLine(
             str(frontend), frontend.kind.value, "another Service has it", str(holder or "")
         )
-    return FrontendLine(str(frontend), frontend.kind.value, answer(wanted))
+    line = FrontendLine(str(frontend), frontend.kind.value, answer(wanted))
+    if counts is None or claim not in state.installed:
+        return line
+    found = claim_counts(state, name, claim, counts)
+    return msgspec.structs.replace(
+        line,
+        connections=found.connections,
+        refused=sum(found.refused.values()),
+        dropped=sum(found.dropped.values()),
+    )
 
 
 def answer(wanted: Wanted) -> str:

@@ -22,7 +22,7 @@ from agent.imports import lightly
 COMMANDS = (
     *("run", "init", "cleanup"),
     *("status", "services", "endpoints", "explain", "history"),
-    *("flows", "trace", "doctor"),
+    *("top", "flows", "trace", "doctor"),
     *("render", "diff", "demo"),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
@@ -45,7 +45,8 @@ def command(
     if state:
         lines = services(state, chosen)
     else:
-        query = {"namespace": chosen}
+        counted = "true" if output in ("wide", "json", "yaml") else ""
+        query = {"namespace": chosen, "counters": counted}
         lines = Client(socket_path).get("/v1/services", list[ServiceLine], query)
     if chosen and not lines:
         _suggest(chosen, state, socket_path)
@@ -75,7 +76,10 @@ def show(lines: Sequence[ServiceLine], console: Console, *, wide: bool = False) 
         return
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     columns = ("NAMESPACE", "NAME", "PORT", "FAMILY", "ADDRESSES", "ENDPOINTS", "STATE")
-    for column in (*columns, *(("POLICIES", "AFFINITY") if wide else ())):
+    for column in (
+        *columns,
+        *(("POLICIES", "AFFINITY", "CONNECTIONS", "REFUSED", "DROPPED") if wide else ()),
+    ):
         grid.add_column(column, no_wrap=True)
     for line in lines:
         colour = _COLOURS.get(line.state, "red")
@@ -92,9 +96,19 @@ def show(lines: Sequence[ServiceLine], console: Console, *, wide: bool = False) 
             cells += [
                 f"{line.internal_policy}/{line.external_policy}",
                 f"{line.affinity_seconds} s" if line.affinity_seconds else "",
+                *(_sum(getattr(f, name) for f in line.frontends) for name in _COUNTED),
             ]
         grid.add_row(*cells)
     console.print(grid)
+
+
+_COUNTED = ("connections", "refused", "dropped")
+
+
+def _sum(counts: Iterable[int | None]) -> str:
+    """Empty without counters."""
+    known = [count for count in counts if count is not None]
+    return str(sum(known)) if known else ""
 
 
 def _addresses(line: ServiceLine, *, wide: bool) -> str:

@@ -184,6 +184,14 @@ class Settings(
             " kernel.",
         ),
     ] = True
+    metrics_frontends: Annotated[
+        _Count,
+        Option(
+            "agent",
+            "How many Service addresses have series of their own in `/metrics`; the others are"
+            " summed in one. 0 for no such series at all.",
+        ),
+    ] = 1000
     healthz_bind_address: Annotated[
         str | None,
         Option(

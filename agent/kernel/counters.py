@@ -17,13 +17,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from rules.counts import PacketCounts
 from rules.language import Set
 from rules.netlink.counters import Count
 from rules.tables import FAMILIES, SETS
 from rules.text import Key
 from rules.transaction import Transaction
-
-Counts = Mapping[Set, Mapping[Key, Count]]
 
 
 class ReadsCounts(Protocol):
@@ -36,7 +35,6 @@ class ReadsCounts(Protocol):
         """Those of some keys, as far as they exist."""
 
 
-NONE: Counts = {}
 READ_SECONDS = 0.5
 """A reading is answered again for so long: making one takes milliseconds of the interpreter."""
 
@@ -50,7 +48,7 @@ class KeptCounts:
     def __init__(self) -> None:
         self._kept: dict[Set, dict[Key, Count]] = {}
 
-    def before(self, transaction: Transaction, kernel: ReadsCounts) -> Counts:
+    def before(self, transaction: Transaction, kernel: ReadsCounts) -> PacketCounts:
         """Reads what the transaction will delete. Returns where added elements begin."""
         change = transaction.change
         for table in transaction.tables:
@@ -88,7 +86,7 @@ class KeptCounts:
                 for counted in ended:
                     self._kept.get(counted, {}).pop(key, None)
 
-    def absent(self) -> Counts:
+    def absent(self) -> PacketCounts:
         """The counts of elements that the kernel does not have at the moment."""
         return {owner: kept.copy() for owner, kept in self._kept.copy().items()}
 
@@ -110,10 +108,10 @@ class CountersReader:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._kernel: ReadsCounts | None = None
-        self._last: Counts = NONE
+        self._last: PacketCounts = {}
         self._read_at = float("-inf")
 
-    def read(self) -> Counts:
+    def read(self) -> PacketCounts:
         """The counts now, or of a moment ago. Raises KernelError."""
         with self._lock:
             if time.monotonic() - self._read_at >= self._seconds:
@@ -122,7 +120,7 @@ class CountersReader:
                 self._read_at = time.monotonic()
             return self._last
 
-    def _all(self, kernel: ReadsCounts) -> Counts:
+    def _all(self, kernel: ReadsCounts) -> PacketCounts:
         absent = self._kept.absent()
         found: dict[Set, Mapping[Key, Count]] = {}
         for family in FAMILIES:

@@ -35,6 +35,7 @@ from agent.serve.http import (
     UnixAddress,
 )
 from agent.worker import Failed
+from rules.counts import PacketCounts, frontend_counts
 from rules.diff import Elements
 from rules.doctor import Check
 from rules.endpoint_report import QuestionError, endpoints
@@ -148,7 +149,8 @@ class Sources(NamedTuple):
     `ask` hands over a function that is called with a snapshot, once the loop has one. `watches`
     are the source's, `options` what the operator chose, `examine` the doctor's checks of this node
     with a snapshot. `elements` are the kernel's, None if it has no tables. `difference` has the
-    commands that would bring the kernel to a snapshot.
+    commands that would bring the kernel to a snapshot, `counts` what the kernel has counted, None
+    without counters.
     """
 
     ask: Callable[[Callable[[State], None]], None]
@@ -163,6 +165,7 @@ class Sources(NamedTuple):
     version: str
     owns_tables: bool
     started: float
+    counts: Callable[[], PacketCounts] | None = None
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -200,8 +203,11 @@ class Api:
             case ["v1", "status"]:
                 return self.status(**_only(query))
             case ["v1", "services"]:
-                query = _only(query, "namespace")
-                return self._lines(query.get("namespace", ""))
+                query = _only(query, "namespace", "counters")
+                counted = self._sources.counts and query.get("counters") == "true"
+                return self._lines(query.get("namespace", ""), counted=bool(counted))
+            case ["v1", "counters"]:
+                return self._counters(_only(query, "namespace", "name"))
             case ["v1", "services", namespace, name]:
                 query = _only(query, "port")
                 port = f":{query['port']}" if "port" in query else ""
@@ -272,13 +278,31 @@ class Api:
         except QuestionError as error:
             raise ApiError(404, str(error)) from None
 
-    def _lines(self, namespace: str) -> bytes:
+    def _lines(self, namespace: str, *, counted: bool) -> bytes:
         """The Services' lines as JSON. Readers poll them, and they are the same until the state
-        changes."""
+        changes, unless they have counts."""
         state = self._stepped()
+        if counted:
+            return _encoded(services(state, namespace, self._counts()))
         if namespace not in self._services:
             self._services[namespace] = _encoded(services(state, namespace))
         return self._services[namespace]
+
+    def _counters(self, query: dict[str, str]) -> bytes:
+        if self._sources.counts is None:
+            raise ApiError(404, "this agent does not count; start it with --counters")
+        namespace, name = query.get("namespace"), query.get("name")
+        return _encoded(
+            [
+                one
+                for one in frontend_counts(self._stepped(), self._counts())
+                if namespace in (None, "", one.namespace) and name in (None, "", one.service)
+            ]
+        )
+
+    def _counts(self) -> PacketCounts:
+        assert self._sources.counts is not None
+        return self._sources.counts()
 
     def _history(self, query: dict[str, str]) -> object:
         try:

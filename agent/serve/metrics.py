@@ -30,7 +30,9 @@ import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
 
 from agent.serve.health import Heartbeat
 from agent.serve.http import (
@@ -45,9 +47,10 @@ from agent.serve.http import (
     listen,
 )
 from agent.worker import Failed
+from rules.counts import FrontendCounts
 from rules.events import Delete, Event, Upsert
 from rules.language import Set, Table
-from rules.objects import EndpointSlice, Name, Service
+from rules.objects import EndpointSlice, Service
 from rules.problems import CODES
 from rules.transaction import Transaction
 
@@ -172,6 +175,10 @@ class Recorder:
     def watches_from(self, watches: Callable[[], Iterable[Watch]]) -> None:
         """`watches` gives the state of the source's watches; it is called at every scrape."""
 
+    def frontends_from(self, counts: Callable[[], Iterable[FrontendCounts]], most: int) -> None:
+        """There are counters; `counts` reads them at every scrape, in the thread that answers it.
+        At most `most` frontends have series of their own."""
+
     def requested(
         self, method: str, code: int | str, host: str, seconds: float | None = None
     ) -> None:
@@ -182,29 +189,14 @@ class Recorder:
         """/healthz, /livez or /readyz was answered."""
 
 
-class Connections(NamedTuple):
-    """New connections through one frontend, or to one endpoint of it (else "")."""
-
-    service: Name
-    port: str
-    frontend: str
-    endpoint: str
-    connections: int
-
-
 class Metrics(Recorder):
-    """See the module. `version` is sliceproxy's.
-
-    `connections`, if given, is asked at every scrape, in the thread that answers it. What it costs
-    and yields is proportional to the number of frontends and endpoints in use.
-    """
+    """See the module. `version` is sliceproxy's."""
 
     def __init__(
         self,
         version: str,
         *,
         heartbeat: Heartbeat | None = None,
-        connections: Callable[[], Iterable[Connections]] | None = None,
     ) -> None:
         from prometheus_client.metrics import disable_created_metrics
         from prometheus_client.process_collector import ProcessCollector
@@ -219,7 +211,7 @@ class Metrics(Recorder):
         self._arrivals: list[float] = []
         self._triggers: list[tuple[int, float]] = []
         self._heartbeat = heartbeat or Heartbeat()
-        self.now = _Now(connections, self._heartbeat)
+        self.now = _Now(self._heartbeat)
         # by kube-proxy's names
         self._make_syncs()
         self._make_changes()
@@ -535,6 +527,11 @@ class Metrics(Recorder):
         """See Recorder."""
         self.now.watches = watches
 
+    def frontends_from(self, counts: Callable[[], Iterable[FrontendCounts]], most: int) -> None:
+        """See Recorder."""
+        metrics = _FrontendMetrics(most)
+        self.now.frontends = lambda: metrics.collect(counts())
+
     def requested(
         self, method: str, code: int | str, host: str, seconds: float | None = None
     ) -> None:
@@ -563,13 +560,12 @@ class _Now:
 
     def __init__(
         self,
-        connections: Callable[[], Iterable[Connections]] | None,
         heartbeat: Heartbeat,
     ) -> None:
         self.elements: dict[Set, int] = {}
         self.rules: dict[int, int] = {}
         self.watches: Callable[[], Iterable[Watch]] | None = None
-        self._connections = connections
+        self.frontends: Callable[[], Iterator[Metric]] | None = None
         self._heartbeat = heartbeat
 
     def collect(self) -> Iterator[Metric]:
@@ -594,8 +590,8 @@ class _Now:
         )
         if self.watches is not None:
             yield from _watch_metrics(self.watches(), health.silent_watches)
-        if self._connections is not None:
-            yield from _connection_metrics(self._connections())
+        if self.frontends is not None:
+            yield from self.frontends()
 
 
 def _watch_metrics(watches: Iterable[Watch], silent: Collection[str]) -> Iterator[Metric]:
@@ -642,28 +638,106 @@ def _watch_metrics(watches: Iterable[Watch], silent: Collection[str]) -> Iterato
     yield from (states, ages, valid, silence, relists, errors)
 
 
-def _connection_metrics(found: Iterable[Connections]) -> Iterator[Metric]:
+_LABELS = ("namespace", "service", "port", "frontend")
+OTHERS = ("", "", "", "others")
+"""The labels of the series that sums up the frontends without series of their own."""
+
+
+class _FrontendMetrics:
+    """Series for `most` frontends, the first that were met and exist still; the others are summed.
+
+    No series falls while its frontend exists: what left the sum for a series of its own, or was
+    deleted, stays in the sum.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._own: set[tuple[str, ...]] = set()
+        self._last: dict[tuple[str, ...], FrontendCounts] = {}
+        self._others = _Sums()
+
+    def collect(self, found: Iterable[FrontendCounts]) -> Iterator[Metric]:
+        """The metrics as of now."""
+        now: dict[tuple[str, ...], FrontendCounts] = {
+            (c.namespace, c.service, c.port, c.frontend): c for c in found
+        }
+        self._own &= now.keys()
+        series: dict[tuple[str, ...], _Sums] = {}
+        for labels, found_counts in now.items():
+            last = self._last.get(labels)
+            counts = now[labels] = _not_fallen(last, found_counts)
+            if labels not in self._own and last is None and len(self._own) < self._most:
+                self._own.add(labels)
+            if labels in self._own:
+                series[labels] = _Sums()
+                series[labels].add(None, counts)
+            else:
+                self._others.add(last, counts)
+        if len(self._own) < len(now) or self._others:
+            series[OTHERS] = self._others
+        self._last = now
+        return _frontend_series(series)
+
+
+class _Sums:
+    """Counts of one or more frontends."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.refused: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.connections or self.refused or self.dropped)
+
+    def add(self, before: FrontendCounts | None, after: FrontendCounts) -> None:
+        """Adds what was counted between two readings of a frontend; None: since it exists."""
+        self.connections += _gain(before.connections if before else 0, after.connections)
+        for sums, was, now in (
+            (self.refused, before.refused if before else {}, after.refused),
+            (self.dropped, before.dropped if before else {}, after.dropped),
+        ):
+            for reason, value in now.items():
+                sums[reason] = sums.get(reason, 0) + _gain(was.get(reason, 0), value)
+
+
+def _gain(before: int, after: int) -> int:
+    """A counter that fell was made again."""
+    return after - before if after >= before else after
+
+
+def _not_fallen(last: FrontendCounts | None, counts: FrontendCounts) -> FrontendCounts:
+    """Refusals are read a moment before the packets they are taken off from. So connections may
+    look fewer than at the last reading, while refusals grew: then they have not changed."""
+    if last is None or counts.connections >= last.connections:
+        return counts
+    unserved, before = (sum(c.refused.values()) + sum(c.dropped.values()) for c in (counts, last))
+    if unserved <= before:
+        return counts
+    return msgspec.structs.replace(counts, connections=last.connections)
+
+
+def _frontend_series(series: Mapping[tuple[str, ...], _Sums]) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily
 
-    by_service = CounterMetricFamily(
+    connections = CounterMetricFamily(
         "sliceproxy_service_connections",
         "New connections through an address of a Service",
-        labels=["namespace", "service", "port", "frontend"],
+        labels=_LABELS,
     )
-    by_endpoint = CounterMetricFamily(
-        "sliceproxy_endpoint_connections",
-        "New connections to an endpoint through an address of a Service; not those of clients"
-        " whom session affinity has sent there before",
-        labels=["namespace", "service", "port", "frontend", "endpoint"],
+    refused, dropped = (
+        CounterMetricFamily(f"sliceproxy_service_{name}", text, labels=(*_LABELS, "reason"))
+        for name, text in (
+            ("refused", "Packets to an address of a Service that were refused"),
+            ("dropped", "Packets to an address of a Service that were dropped"),
+        )
     )
-    for one in found:
-        labels = [one.service.namespace, one.service.name, one.port, one.frontend]
-        if one.endpoint:
-            by_endpoint.add_metric([*labels, one.endpoint], one.connections)
-        else:
-            by_service.add_metric(labels, one.connections)
-    yield by_service
-    yield by_endpoint
+    for labels, sums in series.items():
+        connections.add_metric(labels, sums.connections)
+        for metric, counts in ((refused, sums.refused), (dropped, sums.dropped)):
+            for reason, value in counts.items():
+                metric.add_metric((*labels, reason), value)
+    yield from (connections, refused, dropped)
 
 
 def _collector(now: _Now) -> Collector:

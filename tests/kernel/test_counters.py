@@ -6,8 +6,12 @@ Real packets in both families; the counts are read back from the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from urllib.request import urlopen
 
+from agent.cli.client import Client
 from agent.kernel.counters import CountersReader, KeptCounts
+from agent.kernel.tables import Kernel
 from rules.counts import (
     NO_ENDPOINTS,
     NO_LOCAL_ENDPOINTS,
@@ -18,9 +22,12 @@ from rules.counts import (
     frontend_counts,
 )
 from rules.events import Upsert
+from rules.service_report import ServiceLine
 from tests import manifest
-from tests.kernel.conftest import Net
+from tests.kernel.agent import Agent, write
+from tests.kernel.conftest import SERVICE_PORTS, SLICE_PORTS, Net
 from tests.kernel.proxy import Proxy
+from tests.manifest import endpoint, service_document, slice_document
 
 Start = Callable[..., Proxy]
 
@@ -160,3 +167,42 @@ def test_counts_survive_a_restart_and_a_recreated_table(net: Net) -> None:
         running.kernel.close()
     assert recreated == [False, False, True, True]
     assert found == (4, {}, {})
+
+
+def test_the_agent_goes_on_counting_after_sigkill_and_reports(net: Net, tmp_path: Path) -> None:
+    """At /v1/counters, /v1/services and /metrics; without counters it reports none."""
+    place, api = tmp_path / "objects.json", str(tmp_path / "api.sock")
+    objects = (
+        service_document(cluster_ips=[net.cluster_ip], ports=SERVICE_PORTS, type="NodePort"),
+        slice_document(endpoints=[endpoint(net.address("pod-1"))], ports=SLICE_PORTS),
+    )
+    write(place, *objects)
+    mine, reported = at(net, net.cluster_ip), []
+    try:
+        for event in ("programmed", "verified"):
+            with Agent(net.world, place, "--api-socket", api) as agent:
+                agent.wait(event)
+                for _ in range(3):
+                    net.server("pod-3", (net.cluster_ip, 80))
+                client = Client(api)
+                found = client.get("/v1/counters", list[FrontendCounts])
+                lines = client.get("/v1/services", list[ServiceLine], {"counters": "true"})
+                reported.append({c.frontend: c.connections for c in found}[mine])
+                by_line = {f.address: f.connections for line in lines for f in line.frontends}
+                assert by_line[mine] == reported[-1]
+                labels = f'frontend="{mine}",namespace="default",port="web",service="web"'
+                series = f"sliceproxy_service_connections_total{{{labels}}} {reported[-1]}.0"
+                assert series in net.world.run("node", scrape)
+        assert reported == [3, 6]
+        with Agent(net.world, place, "--no-counters", "--api-socket", api) as agent:
+            agent.wait("programmed")
+            assert "sliceproxy_service_connections" not in net.world.run("node", scrape)
+    finally:
+        with net.world.run("node", Kernel) as kernel:
+            kernel.remove()
+
+
+def scrape() -> str:
+    with urlopen("http://127.0.0.1:10249/metrics") as answer:
+        text: str = answer.read().decode()
+        return text

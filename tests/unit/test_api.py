@@ -26,6 +26,7 @@ from agent.serve.http import HttpRequest, TcpAddress, UnixAddress
 from rules.doctor import Check
 from rules.events import Synced, Upsert
 from rules.history import History
+from rules.netlink.counters import Count
 from rules.objects import Object
 from rules.service_report import services
 from rules.state import State
@@ -43,22 +44,21 @@ class Agent:
         self.snapshot: State | None = None
         self.history = History(lambda _: None)
         self.heartbeat = Heartbeat()
-        self.api = Api(
-            Sources(
-                ask=lambda answer: answer(self.take()),
-                heartbeat=self.heartbeat,
-                history=self.history,
-                watches=list,
-                options={"node": "node-1"},
-                examine=lambda _: [Check("kernel", "The kernel", "ok", "fine")],
-                conntrack=lambda: (7, 100),
-                elements=lambda: nullcontext(None),
-                difference=lambda _: ["add element"],
-                version="1.2.3",
-                owns_tables=True,
-                started=1_800_000_000.0,
-            )
+        self.sources = Sources(
+            ask=lambda answer: answer(self.take()),
+            heartbeat=self.heartbeat,
+            history=self.history,
+            watches=list,
+            options={"node": "node-1"},
+            examine=lambda _: [Check("kernel", "The kernel", "ok", "fine")],
+            conntrack=lambda: (7, 100),
+            elements=lambda: nullcontext(None),
+            difference=lambda _: ["add element"],
+            version="1.2.3",
+            owns_tables=True,
+            started=1_800_000_000.0,
         )
+        self.api = Api(self.sources)
 
     def take(self) -> State:
         self.snapshot = self.snapshot or self.state.snapshot()
@@ -244,3 +244,22 @@ def test_a_kernel_that_cannot_be_read_is_503_with_its_words() -> None:
     agent.api = Api(agent.api._sources._replace(elements=refuse))
     code, body = agent.get("/v1/explain", target="10.96.0.10:80")
     assert (code, "the kernel's tables cannot be read" in body["error"]) == (503, True)
+
+
+# --- counters -----------------------------------------------------------------------------------
+
+
+def test_counters_are_those_of_the_services_asked_for() -> None:
+    agent = Agent(*WEB, service("db", cluster_ips=["10.96.0.99"]))
+    assert agent.get("/v1/counters")[0] == 404
+    assert agent.get("/v1/services", counters="true")[1][0]["frontends"][0]["connections"] is None
+    claim = next(c for c in agent.state.installed if str(agent.state.holder(c)) == "default/web")
+    counts = {claim.verdicts: {claim.key: Count(7, 420)}}
+    agent.api = Api(agent.sources._replace(counts=lambda: counts))
+    code, found = agent.get("/v1/counters", name="web")
+    assert code == 200
+    assert {c["service"] for c in found} == {"web"}
+    assert sum(c["connections"] for c in found) == 7
+    assert {c["service"] for c in agent.get("/v1/counters")[1]} == {"web", "db"}
+    lines = agent.get("/v1/services", counters="true")[1]
+    assert sum(f["connections"] for line in lines for f in line["frontends"]) == 7

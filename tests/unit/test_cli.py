@@ -25,6 +25,7 @@ GROUPS = {
     "services": {"data plane", "cluster"},
     "status": set(),
     "history": set(),
+    "top": set(),
     "flows": {"data plane"},
     "trace": set(),
     "cleanup": set(),

@@ -21,11 +21,11 @@ from agent.serve.metrics import (
     PROGRAMMING_BUCKETS,
     SYNC_BUCKETS,
     WATCH_STATES,
-    Connections,
     Metrics,
     MetricsServer,
     Recorder,
 )
+from rules.counts import FrontendCounts
 from rules.diff import Change
 from rules.events import Delete, NodeAddresses, Synced, Upsert
 from rules.objects import Endpoint, EndpointSlice, Name, Service, ServicePort, SlicePort
@@ -409,28 +409,67 @@ def test_the_states_are_those_of_the_source() -> None:
     assert get_args(get_type_hints(WatchStatus)["state"]) == WATCH_STATES
 
 
-def test_connections_are_asked_for_at_a_scrape() -> None:
-    asked = []
+def counts(service: str, connections: int, **more: dict[str, int]) -> FrontendCounts:
+    return FrontendCounts("shop", service, "http", "10.96.0.1:80/tcp", connections, **more)
 
-    def read() -> list[Connections]:
-        asked.append(1)
-        return [
-            Connections(WEB, "http", "10.96.0.1:80/tcp", "", 7),
-            Connections(WEB, "http", "10.96.0.1:80/tcp", "10.0.0.1:8080", 4),
-        ]
 
-    metrics = Metrics("0", connections=read)
-    labels = {
-        "namespace": "shop",
-        "service": "web",
-        "port": "http",
-        "frontend": "10.96.0.1:80/tcp",
-    }
-    asked.clear()
-    assert value(metrics, "sliceproxy_service_connections_total", **labels) == 7
-    name = "sliceproxy_endpoint_connections_total"
-    assert len(asked) == 1
-    assert value(metrics, name, **labels, endpoint="10.0.0.1:8080") == 4
+def of(service: str, **more: str) -> dict[str, str]:
+    frontend = "others" if not service else "10.96.0.1:80/tcp"
+    namespace, port = ("shop", "http") if service else ("", "")
+    return {
+        "namespace": namespace, "service": service, "port": port, "frontend": frontend, **more,
+    }  # fmt: skip
+
+
+CONNECTIONS = "sliceproxy_service_connections_total"
+
+
+def test_frontends_have_series_by_reason() -> None:
+    metrics = Metrics("0")
+    found = [counts("web", 7, refused={"no_endpoints": 3}, dropped={"source_ranges": 2})]
+    metrics.frontends_from(lambda: found, 10)
+    assert value(metrics, CONNECTIONS, **of("web")) == 7
+    refused = value(metrics, "sliceproxy_service_refused_total", **of("web", reason="no_endpoints"))
+    dropped = value(
+        metrics, "sliceproxy_service_dropped_total", **of("web", reason="source_ranges")
+    )
+    assert (refused, dropped) == (3, 2)
+
+
+def test_frontends_beyond_the_bound_are_summed_and_the_sum_never_falls() -> None:
+    """Also when one of them is deleted, and when the deletion of another makes room."""
+    metrics = Metrics("0")
+    found = [counts("a", 1), counts("b", 10), counts("c", 100)]
+    metrics.frontends_from(lambda: found, 1)
+
+    def scrape() -> tuple[float | None, float | None]:
+        text = metrics.text().decode()
+        assert text.count(CONNECTIONS + "{") == 2
+        first, *_ = (s for s in "abc" if f'service="{s}"' in text)
+        lines = [x for x in text.splitlines() if x.startswith(CONNECTIONS)]
+        by = {f'service="{first}"' in x: float(x.rpartition(" ")[2]) for x in lines}
+        return by[True], by[False]
+
+    assert scrape() == (1, 110)
+    found[:] = [counts("a", 2), counts("b", 11), counts("c", 101)]
+    assert scrape() == (2, 112)
+    found[:] = [counts("a", 2), counts("c", 101)]
+    assert scrape() == (2, 112)
+    found[:] = [counts("c", 102), counts("d", 5)]
+    text = metrics.text().decode()
+    assert 'service="d"} 5' in text or 'service="d",' in text
+    assert f'{CONNECTIONS}{{frontend="others",namespace="",port="",service=""}} 113.0' in text
+
+
+def test_connections_do_not_fall_while_refusals_grow() -> None:
+    metrics = Metrics("0")
+    found = [counts("web", 7, refused={"no_endpoints": 1})]
+    metrics.frontends_from(lambda: found, 10)
+    assert value(metrics, CONNECTIONS, **of("web")) == 7
+    found[:] = [counts("web", 5, refused={"no_endpoints": 4})]
+    assert value(metrics, CONNECTIONS, **of("web")) == 7
+    found[:] = [counts("web", 0)]
+    assert value(metrics, CONNECTIONS, **of("web")) == 0
 
 
 # --- Services without an endpoint here ----------------------------------------------------------

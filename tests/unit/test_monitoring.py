@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.serve.metrics import Connections, Metrics
-from rules.objects import Name
+from agent.serve.metrics import Metrics
+from rules.counts import FrontendCounts
 from rules.tables import SETS, Layout, build
 from tests.unit.test_metrics import WATCHES, step
 
@@ -47,8 +47,9 @@ PROMTOOL = shutil.which("promtool") or str(ROOT / "build/prometheus/usr/bin/prom
 
 def served() -> set[str]:
     """The names in what the agent answers at /metrics."""
-    connections = [Connections(Name("shop", "web"), "http", "cluster-ip", "", 1)]
-    metrics = Metrics("0.2.0", connections=lambda: connections)
+    metrics = Metrics("0.2.0")
+    counts = FrontendCounts("shop", "web", "http", "cluster-ip", 1, {"no_endpoints": 1}, {"x": 1})
+    metrics.frontends_from(lambda: [counts], 10)
     metrics.watches_from(lambda: WATCHES)
     metrics.requested("GET", 200, "192.0.2.1:6443", 0.1)
     metrics.programmed(step({SETS[4].endpoints: 1}), 0.1, 0.1, elements={SETS[4].endpoints: 1})
