@@ -14,9 +14,10 @@ from structlog.testing import capture_logs
 from agent.kernel import readahead
 from agent.kernel.errors import OwnedByOther, Refused
 from agent.kernel.readahead import ReadAhead, read_ahead
-from agent.kernel.tables import Kernel
+from agent.kernel.tables import Kernel, KernelTable
 from agent.loop import reader
 from lab.world import World
+from rules.diff import Elements
 from rules.netlink.batch import Batch
 from rules.tables import FAMILIES, SETS, TABLE
 from rules.text import Key
@@ -171,6 +172,31 @@ def test_what_others_do_to_their_own_tables_does_not_count(
     assert ahead.take(4)
     batch = Batch()
     batch.delete_table(4, "other")
+    kernel.send(batch)
+
+
+def test_a_commit_elsewhere_does_not_make_it_read_all_elements_again(
+    world: World, kernel: Kernel, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start's own commits, by which it takes over its tables, are such."""
+    families: list[int] = []
+    read = Kernel.read
+
+    def read_during_commits(reading: Kernel, found: KernelTable) -> Elements:
+        families.append(found.family)
+        put(world, OTHER, f"other-{len(families)}")
+        return read(reading, found)
+
+    monkeypatch.setattr(Kernel, "read", read_during_commits)
+    ahead = begin(kernel)
+    assert ahead
+    wait(ahead)
+    kernel.take_over()
+    assert ahead.take(4)
+    assert families == list(FAMILIES)
+    batch = Batch()
+    for number in range(1, len(families) + 1):
+        batch.delete_table(4, f"other-{number}")
     kernel.send(batch)
 
 
