@@ -59,6 +59,9 @@ _MESSAGES: dict[str, tuple[_Field, ...]] = {
         _Field(11, "labels", "map"),
         _Field(12, "annotations", "map"),
     ),
+    # of every object before it is known whether it is new; labels would take longer than the rest
+    "Identity": (_Field(1, "name"), _Field(3, "namespace"), _Field(6, "resource_version")),
+    "Identified": (_Field(1, "metadata", "Identity"),),
     "ListMeta": (_Field(2, "resource_version"), _Field(3, "token")),
     "AnyObject": (_Field(1, "metadata", "ObjectMeta"),),
     "AnyList": (_Field(1, "metadata", "ListMeta"), _Field(2, "items", "bytes", repeated=True)),

@@ -154,6 +154,11 @@ class Problems:
         elif known:
             self._closed[key] = known
 
+    @property
+    def empty(self) -> bool:
+        """Whether no problem is open."""
+        return not self._kept and not self._unkept
+
     def set(self, code: str, subject: Subject, text: str) -> None:
         """Opens the problem with this text, or closes it where the text is empty."""
         if text:

@@ -205,7 +205,8 @@ class State:
                     return
             case ServiceCIDR():
                 self.local.put_service_cidr(new)
-        self.problems.set(UNUSABLE_VALUE, subject_of(new), listed(new.problems))
+        if new.problems or not self.problems.empty:  # a start has 88,000 objects without any
+            self.problems.set(UNUSABLE_VALUE, subject_of(new), listed(new.problems))
 
     def _delete(self, kind: type[Object], name: Name | str) -> None:
         if kind is Service and isinstance(name, Name):

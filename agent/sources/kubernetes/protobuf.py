@@ -67,7 +67,7 @@ class _Protobuf:
         return Page(page.metadata.resource_version, page.metadata.token, page.items)
 
     def identity(self, item: Encoded) -> Identity:
-        metadata = decode_protobuf.parse("AnyObject", item).metadata
+        metadata = decode_protobuf.parse("Identified", item).metadata
         return Identity(metadata.name, metadata.namespace, metadata.resource_version)
 
     def bookmark(self, item: Encoded) -> Bookmark:
