@@ -3,7 +3,7 @@
 Every part of the way (client, node, pod) is a network namespace, and a packet crosses all of them
 inside the client's own `sendto`: veth hands it on in the same call, through the node's hooks, to
 the pod's socket. So the duration of that one system call is the whole way there, with no other
-process to wake, and its median tells differences of a tenth of a microsecond.
+process to wake, and its median shows differences of a tenth of a microsecond.
 
 The ways are measured in turn, each time from a socket, and so a flow, that was not used before:
 

@@ -103,7 +103,7 @@ class Server:
     def wait_for_watch(self, plural: str, seconds: float = 30.0) -> None:
         with self._news:
             if not self._news.wait_for(lambda: plural in self._watches, seconds):
-                raise TimeoutError(f"nobody watches {plural}")
+                raise TimeoutError(f"no client watches {plural}")
 
     def push(self, plural: str, data: bytes) -> None:
         """Sends chunks to whoever watches."""

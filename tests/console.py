@@ -8,7 +8,7 @@ The words behind the fence say where its commands work:
                           `sliceproxy` and the targets of `make` are checked
 
 A line that begins with `$ ` is a command; a backslash at its end continues it. The lines after it
-are its output, which must be equal; a line `...` stands for any lines. Without output only success
+are its output, which must be equal; a line `...` matches any lines. Without output only success
 is asked for. `exit=1` behind the fence: the last command ends so.
 """
 

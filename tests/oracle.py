@@ -1,4 +1,4 @@
-"""What the kernel must hold, worked out anew from `semantics.md` alone.
+"""What the kernel must hold, computed from `semantics.md` alone.
 
 This is the slow and obvious reading of the specification that tests hold the product against. It
 knows nothing of the product's ways: no selection, no program, no difference. It takes decoded
@@ -8,7 +8,7 @@ Two functions make the same kind of thing, a `Picture`, and a test compares the 
 
 - `expected` paints it from the objects, step by step as the specification goes;
 - `observed` reads it out of elements that were dumped from a kernel, and beside it the `Slots`
-  and widths, about which a picture says nothing: where in a list an endpoint stands is free.
+  and widths, about which a picture says nothing: the position of an endpoint in a list is free.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def pod_networks(objects: Objects, options: Options) -> tuple[ipaddress._BaseNet
 
 
 def tells_pods(family: int, objects: Objects, options: Options) -> bool:
-    """Whether a packet from a pod of this node can be told from others."""
+    """Whether packets from pods of this node can be identified."""
     if options.detect_local in (
         DetectLocalMode.BRIDGE_INTERFACE,
         DetectLocalMode.INTERFACE_NAME_PREFIX,

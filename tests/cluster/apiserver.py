@@ -288,7 +288,7 @@ class ApiServer:
             self._wake()
 
     def objects(self, kind: str) -> dict[Key, Document]:
-        """What there is now, by namespace and name."""
+        """The current objects, by namespace and name."""
         with self._lock:
             return dict(self._now[kind])
 
@@ -340,7 +340,7 @@ class ApiServer:
             self._wake()
 
     def compact(self) -> None:
-        """Forgets how it came to what there is: older versions are 410 now."""
+        """Forgets all versions but the current one: older ones are 410 now."""
         with self._lock:
             self._compacted = self.version
 
@@ -409,7 +409,7 @@ class ApiServer:
             assert self._news.wait_for(condition, PATIENCE), self.seen[-10:]
 
     def watching(self, *resources: str) -> bool:
-        """Whether there are watches of all of these that have been told everything."""
+        """Whether there are watches of all of these that have received everything."""
         with self._lock:
             told = {w.kind.plural for w in self._watches if w.version == self.version}
             return set(resources) <= told

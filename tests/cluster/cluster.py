@@ -87,7 +87,7 @@ class Mirror:
         self._kernel.close()
 
     def state(self) -> State:
-        """Computed anew, from nothing but what the API server and the node have now."""
+        """Computed only from what the API server and the node have now."""
         state = State(Options(node="node-1"))
         state.apply([self._own])
         for kind in KINDS:
@@ -112,7 +112,7 @@ class Mirror:
         return f"wrong: {change.removed}; lacking: {change.added}" if change else ""
 
     def check(self) -> None:
-        """The kernel is, after a moment, as it should be."""
+        """The kernel's tables are up to date, after a moment."""
         deadline = time.monotonic() + PATIENCE
         while found := self.difference():
             assert time.monotonic() < deadline, found
@@ -201,7 +201,7 @@ class Cluster:
         self.server.put(slice_document("web", found))
 
     def other(self, number: int, **spec: Any) -> None:
-        """Makes a Service that nobody asks, with a slice."""
+        """Makes a Service without clients, with a slice."""
         name = f"other-{number}"
         self.server.put(
             service_document(name, cluster_ips=[f"10.96.1.{number + 1}"], **spec),

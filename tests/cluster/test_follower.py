@@ -113,7 +113,7 @@ class Inbox:
 
 
 class Run:
-    """A Follower of an ApiServer, with what it tells and logs."""
+    """A Follower of an ApiServer, with its events and log lines."""
 
     def __init__(
         self, server: ApiServer, *, timing: Timing = FAST, connection: Connection | None = None
@@ -156,7 +156,7 @@ class Run:
         return self.logged(event)[0]
 
     def check(self) -> None:
-        """What is told is, after a moment, what the server has."""
+        """The events lead, after a moment, to what the server has."""
         wanted = {
             (kind, str(Name(*key)) if key[0] else key[1])
             for kind in ("Service", "EndpointSlice", "ServiceCIDR")
@@ -167,7 +167,7 @@ class Run:
         assert self.inbox.synced == 1
 
     def reaches(self, name: str) -> None:
-        """A Service that is made now is told."""
+        """A Service that is created now is reported."""
         self.server.put(service_document(name, cluster_ips=["10.96.9.9"]))
         self.inbox.wait(lambda: self.inbox.has("Service", f"default/{name}"))
 

@@ -157,7 +157,7 @@ def disturb(server: ApiServer, event: Callable[[ApiServer], None], part: int) ->
             server.down()
             for _ in range(MISSED):
                 event(server)
-            server.compact()  # so it must list anew
+            server.compact()  # so it must relist
             server.up()
 
 

@@ -206,7 +206,7 @@ def test_lock_has_what_pyproject_asks_for() -> None:
     for line in project["dependencies"]:
         wanted = Requirement(line)
         version = pinned.get(wanted.name.lower().replace("_", "-"))
-        assert version, f"{wanted.name} is missing: make requirements.lock anew, as its head says"
+        assert version, f"{wanted.name} is missing: make requirements.lock again, as its head says"
         assert wanted.specifier.contains(version), line
     hashes = re.findall(r"--hash=sha256:[0-9a-f]{64}", lock)
     assert len(hashes) >= len(pinned)

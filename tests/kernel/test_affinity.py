@@ -318,7 +318,7 @@ def test_clients_of_an_endpoint_that_goes_move_on_and_the_others_stay(
     assert {client: second[client] for client in staying} == staying
     assert crowd.ask(net.at(frontend)) == second
     p.put(net.slice(*ENDPOINTS))
-    assert crowd.ask(net.at(frontend)) == second  # nobody moves back
+    assert crowd.ask(net.at(frontend)) == second  # no client moves back
     p.check()
 
 

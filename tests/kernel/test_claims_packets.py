@@ -15,7 +15,7 @@ OLD, YOUNG = "2026-01-01T00:00:00Z", "2026-02-02T00:00:00Z"
 
 
 def tenant(net: Net, **fields: object) -> Service:
-    """An older Service of somebody else, with a cluster IP of its own."""
+    """An older Service of another tenant, with a cluster IP of its own."""
     plain = {"cluster_ips": [net.other_cluster_ip], "type": "ClusterIP", "ingress": []}
     return net.service("tenant", created=OLD, **{**plain, **fields})
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make na
 
 RULES = 1093
 """The rules of one family's table while no Service asks for session affinity and pods of this node
-cannot be told from others. All of them but 25 choose endpoints, over the 32 widths."""
+cannot be identified. All of them but 25 choose endpoints, over the 32 widths."""
 
 MOST_RULES = 2493
 """The rules with both, one timeout being asked for; every other timeout adds four."""
@@ -162,7 +162,7 @@ def test_a_condition_that_flips_costs_what_coming_and_going_cost(proxy, size):
                 manifest.endpoint_slice(
                     "web",
                     [manifest.endpoint(address(f, tail), node="node-2", **conditions)],
-                    name=f"aaa-{f}",  # comes first, so the endpoint stands in the first slot
+                    name=f"aaa-{f}",  # is first, so the endpoint is in the first slot
                 )
                 for f in FAMILIES
             ),

@@ -2,7 +2,7 @@
 
 A hypothesis state machine makes Services, slices, the Node and ServiceCIDRs come, change and go,
 alone or several in one transaction. After each transaction the tables are dumped from the kernel
-and held against `tests.oracle`, which reads the specification anew and knows nothing of what was
+and held against `tests.oracle`, which reads the specification again and knows nothing of what was
 there before. What an oracle cannot see is checked between two dumps: that slots are dense and
 stable, that widths move only when they must, and that nothing was written that did not change.
 Sometimes the agent forgets everything and starts again; then it must not write anything.
@@ -420,7 +420,7 @@ class Histories(RuleBasedStateMachine):
     def recreate_service(
         self, data: st.DataObject, created: str | None, told: bool, more: bool
     ) -> None:
-        """The same Service, older or younger than before; its deletion is told or was missed."""
+        """The same Service, older or younger than before; its deletion is seen or missed."""
         name = self._one_of(data, self.services)
         document = copy.deepcopy(self.services[name])
         document["metadata"]["creationTimestamp"] = created
@@ -586,7 +586,7 @@ class Histories(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 255), reopen=st.booleans())
     def restart(self, seed: int, reopen: bool) -> None:
         """A new agent learns the same in another order, and has nothing to write; nor had the old
-        one when it was told everything once more."""
+        one when everything is reported once more."""
         self._send()
         assert not self.proxy.put(*self._objects()[0])
         events: list[Event] = [Upsert(o) for o in self._objects()[0]]

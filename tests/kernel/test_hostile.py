@@ -1,6 +1,6 @@
 """Objects that are broken, or meant to break something, beside others that are not.
 
-Each is told to a State in one transaction with a good Service, and the outcome is read back from
+Each is applied to a State in one transaction with a good Service, and the outcome is read back from
 the kernel: the good Service works as if it were alone, the tables are whole, and what is wrong is
 said of the one object that is wrong.
 """
@@ -165,7 +165,7 @@ def test_what_is_no_object_is_named_and_hides_nothing(proxy, document):
     assert picture(proxy) == wanted(*records)
 
 
-# --- objects with values nobody can use ----------------------------------------------------------
+# --- objects with unusable values ----------------------------------------------------------------
 
 HTTP = {"name": "http", "port": 80}
 PROBLEMS = {
@@ -293,7 +293,7 @@ def test_strange_but_legal_objects_leave_the_others_working(proxy, documents):
     proxy.put(*GOOD, *records)
     seen = picture(proxy)
     if documents is STRANGE["null lists"] or documents is STRANGE["no ports"]:
-        # whether a cluster IP without any port is known as one is nobody's concern
+        # whether a cluster IP without any port is known as one does not matter
         seen = seen._replace(cluster_ips=wanted(*GOOD, *records).cluster_ips)
     assert seen == wanted(*GOOD, *records)
     proxy.check()

@@ -237,7 +237,7 @@ def test_explain_is_exit_code_1_where_a_client_is_refused_or_dropped(live: Live)
 
 
 def test_explain_live_says_what_the_kernel_has_and_not_what_the_agent_believes() -> None:
-    """Somebody deletes an endpoint's element: the agent's record has it, the kernel has not."""
+    """An endpoint's element was deleted: the agent's record has it, the kernel has not."""
     with World(pods=0, remotes=0) as world, Proxy(world) as proxy:
         proxy.put(
             service("web", cluster_ips=["10.96.0.10"]),
@@ -307,7 +307,7 @@ def test_history_shows_an_endpoints_change_and_its_reason(live: Live) -> None:
 
 
 def test_a_difference_is_what_the_agent_would_repair_and_changes_nothing() -> None:
-    """Somebody deletes an element and adds one; the snapshot that is compared stays as it was."""
+    """One element was deleted and one added; the snapshot that is compared is unchanged."""
     with World(pods=0, remotes=0) as world, Proxy(world) as proxy:
         proxy.put(
             service("web", cluster_ips=["10.96.0.10"]),

@@ -616,7 +616,7 @@ def test_ranges_that_become_narrower_stop_a_udp_flow_that_has_had_no_answer(
     p.check()
 
 
-# --- nobody to answer ----------------------------------------------------------------------------
+# --- no endpoint to answer -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["Cluster", "Local"])
@@ -711,7 +711,7 @@ def test_a_deleted_service_is_silent_and_a_new_one_answers(proxy: Start, net: Ne
         p.check()
         net.expect_silence(net.at("cluster-ip"))
         net.expect_silence(net.at("external-ip"))
-        net.expect_refusal(net.at("node-port"))  # nobody listens there
+        net.expect_refusal(net.at("node-port"))  # no process listens there
 
 
 def test_other_traffic_passes_untouched(proxy: Start, net: Net) -> None:
@@ -968,7 +968,7 @@ def test_an_address_in_two_slices_counts_once_and_its_ready_copy_wins(
 
 @pytest.fixture
 def special_ports(world: World) -> Iterator[None]:
-    """pod-1 answers at 9001 too, and nobody else; pod-2 at 9002, and nobody else."""
+    """Only pod-1 also answers at 9001, and only pod-2 at 9002."""
     with contextlib.ExitStack() as stack:
         for protocol in PROTOCOLS:
             stack.enter_context(world.serve("pod-1", 9001, protocol))

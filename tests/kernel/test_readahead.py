@@ -75,7 +75,7 @@ def wait(ahead: ReadAhead) -> None:
 
 
 def put(world: World, key: Key, table: str = TABLE) -> None:
-    """What somebody else may do at any time: adds an element."""
+    """What another process may do at any time: adds an element."""
     batch = Batch()
     if table != TABLE:
         batch.new_table(4, table, 0)
@@ -132,7 +132,7 @@ def test_nothing_is_begun_where_there_is_no_table(world: World, begin: Begin) ->
 def test_a_change_before_the_tables_are_ours_is_noticed(
     world: World, kernel: Kernel, begin: Begin, finished: bool
 ) -> None:
-    """Orphaned tables and those that nobody can own may be changed by anybody."""
+    """Any process may change orphaned tables and those that cannot be owned."""
     ahead = begin(kernel)
     assert ahead
     if finished:

@@ -86,7 +86,7 @@ def skip_unless_owned(agent: Agent) -> None:
 
 
 class Notifications:
-    """What the kernel tells about elements of sets in the node's namespace meanwhile."""
+    """The kernel's notifications about elements of sets in the node's namespace."""
 
     def __init__(self, world: World) -> None:
         self._socket = world.run("node", self._open)
@@ -288,7 +288,7 @@ def test_damage_between_a_start_and_the_first_lists_is_repaired(
 
 
 def test_switching_ownership_keeps_services_up(world: World, place: Path) -> None:
-    """The table must be made anew for that, in one transaction."""
+    """The table must be recreated for that, in one transaction."""
     with Agent(world, place) as agent:
         agent.wait("programmed")
         skip_unless_owned(agent)

@@ -46,7 +46,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def kernel(world: World) -> Iterator[Kernel]:
-    """A connection to a table that nobody owns."""
+    """A connection to a table without an owner."""
     with connect(world) as made:
         batch = Batch()
         batch.new_table(4, TABLE, 0)

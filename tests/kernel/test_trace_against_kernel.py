@@ -234,7 +234,7 @@ class Question(NamedTuple):
 
 
 def destinations(proxy: Proxy) -> Iterator[tuple[str, int]]:
-    """Every address of every Service, one port beside it, and addresses that nobody has."""
+    """Every address of every Service, one port beside it, and addresses without a Service."""
     for item in proxy.state.services.values():
         for packed in (*item.cluster_ips, *item.external_ips, *item.load_balancer_ips):
             yield str(ipaddress.ip_address(packed)), ASKED

@@ -1,7 +1,7 @@
 """UDP flows that clients keep alive with one socket, while endpoints come and go.
 
 A client here never closes its socket, so conntrack sees one flow for as long as it lives: the
-same endpoint answers, or nobody does, until the entry is deleted. It does not connect its socket
+same endpoint answers, or none, until the entry is deleted. It does not connect its socket
 either: an ICMP error does not stop it, as it does not stop a resolver.
 """
 
@@ -78,7 +78,7 @@ class Client:
         self._socket.close()
 
     def ask(self, address: str, port: int, patience: float = 1.0) -> str | None:
-        """The name of the host that answers one datagram, None if nobody does in time."""
+        """The name of the host that answers one datagram, None if none does in time."""
         # what is rejected on the very host that sends is EPERM, at once
         with contextlib.suppress(PermissionError):
             self._socket.sendto(b"who\n", (address, port))
@@ -301,7 +301,7 @@ def test_what_went_stale_during_a_restart_is_all_that_is_deleted(
 
 
 def _restarted(before: State, changed: Sequence[EndpointSlice] = ()) -> State:
-    """The state of a new agent that has been told everything, but has programmed nothing."""
+    """The state of a new agent that has received everything and programmed nothing."""
     after = State(before.options)
     assert before.node
     after.services = dict(before.services)
@@ -403,7 +403,7 @@ def test_an_endpoint_that_leaves_the_local_list_keeps_its_flows(
     world: World, proxy: UdpProxy, family: int
 ) -> None:
     local = dns(externalTrafficPolicy="Local")
-    # nobody is ready: those that are leaving stand in, here those of this node, inside all
+    # none is ready: terminating ones are used instead, here those of this node, inside all
     proxy.put(local, *slices(world, leaving=["pod-1", "remote-1"]))
     with Client(world, "client", family) as client:
         assert client.ask(EXTERNAL[family], PORT) == "pod-1"

@@ -1,4 +1,4 @@
-"""The world itself, without sliceproxy: plain routing, told outcomes, and nothing left behind."""
+"""The world itself, without sliceproxy: routing, distinct outcomes, nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has a key that several Services claim, who is told so, and what it costs."""
+"""Who has a key that several Services claim, which problems that opens, and what it costs."""
 
 from __future__ import annotations
 

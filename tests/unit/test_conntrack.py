@@ -272,7 +272,7 @@ def test_a_deletion_without_a_tuple_would_flush_everything() -> None:
 
 
 def test_a_dump_asks_for_no_ipv6_address() -> None:
-    """The kernel's filter tells all flows but those to that address."""
+    """The kernel's filter sends all flows but those to that address."""
     aimed = dump_request(4, FlowFilter(4, packed("10.96.0.10"), 53))
     assert packed("10.96.0.10") in aimed
     assert dict(attributes(dict(attributes(aimed[4:]))[25]))[1] == struct.pack("=I", 2 | 8 | 32)

@@ -46,7 +46,7 @@ DOWN = (
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file names in an import, wherever it stands."""
+    """Every module that a file names in an import, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

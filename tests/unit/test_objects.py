@@ -1,4 +1,4 @@
-"""Decoding: what the API says, what nobody can use, and what is no object at all."""
+"""Decoding: valid objects, unusable values, and what is no object at all."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_ages_order_as_time_and_then_as_names():
     assert young.age < unknown.age
 
 
-# --- single values nobody can use ----------------------------------------------------------------
+# --- single unusable values ----------------------------------------------------------------------
 
 REFUSED = [
     ("", "is not an IP address"),
@@ -514,7 +514,7 @@ def test_a_node_has_its_internal_addresses_first():
     assert len(node.problems) == 1
 
 
-# --- whole objects nobody can use ----------------------------------------------------------------
+# --- whole unusable objects ----------------------------------------------------------------------
 
 
 def invalid(kind: str, document: Any) -> InvalidObject:

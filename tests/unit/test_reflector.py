@@ -48,7 +48,7 @@ def objects(name: str) -> dict[Name | str, Object]:
 
 
 class Table(dict[Name | str, Object]):
-    """What somebody knows who applies the events."""
+    """The objects that a reader of the events knows."""
 
     def apply(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -311,7 +311,7 @@ def test_a_server_that_went_back_in_time() -> None:
     client.ask(RequestType.PROBE)
     client.answer(200, listed(105))
     client.ask(RequestType.LIST)
-    # the same versions may stand for other contents: all of them are told
+    # the same versions may mean other contents: all of them are reported
     client.answer(200, listed(106, service("b", 110), service("c", 104)))
     assert names(client.news()) == ["+ns/b", "+ns/b", "+ns/c", "-ns/a"]
     assert client.ask(RequestType.WATCH).query["resourceVersion"] == "106"

@@ -4,7 +4,7 @@ A file says in `about` what it shows. Each step applies and deletes objects and 
 
 - `changes`: every element that the transaction adds (+) or deletes (-), in nft's text, all of them;
 - `explain`: what a connection to an address meets, for some of those who may ask;
-- `problems`: what the operator is told, by code.
+- `problems`: what is reported to the operator, by code.
 """
 
 from __future__ import annotations

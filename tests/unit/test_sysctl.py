@@ -1,4 +1,4 @@
-"""The node's conntrack settings, in a directory that stands in for /proc and /sys."""
+"""The node's conntrack settings, in a directory that replaces /proc and /sys."""
 
 from __future__ import annotations
 
