@@ -37,6 +37,7 @@ from rules.health_check import HealthCheck
 from rules.history import History
 from rules.language import Table
 from rules.objects import Name
+from rules.problems import Problem
 from rules.program import Claim
 from rules.stale_flows import Serving
 from rules.state import KernelView, State
@@ -121,12 +122,13 @@ def difference(state: State, kernel: Kernel) -> list[str]:
 
 class Reports(NamedTuple):
     """Where the loop reports its progress. `health_checks` gets the health check ports of all
-    Services after each transaction."""
+    Services after each transaction, `problems_opened` the problems that are logged."""
 
     recorder: Recorder = Recorder()
     heartbeat: Heartbeat = Heartbeat()
     health_checks: Callable[[Mapping[Name, HealthCheck]], None] = lambda _: None
     history: History | None = None
+    problems_opened: Callable[[Sequence[Problem]], None] = lambda _: None
 
 
 class Connections(NamedTuple):
@@ -159,9 +161,10 @@ class Loop:
         self._kernel = kernel
         self._log = log
         self._ahead = ahead
-        self._recorder, self._heartbeat, self._report_health_checks, self._history = (
-            reports or Reports()
-        )
+        reports = reports or Reports()
+        self._recorder, self._heartbeat = reports.recorder, reports.heartbeat
+        self._report_health_checks, self._history = reports.health_checks, reports.history
+        self._problems_opened = reports.problems_opened
         self._flows = FlowCleaner(
             log, self._worker_failed, self._recorder.flows_deleted, connections.conntrack
         )
@@ -288,6 +291,8 @@ class Loop:
             self._recorder.problems_open(self.state.problems.counts())
         for problem in opened:
             self._log.warning(problem.code, **problem.fields, problem=problem.text)
+        if opened:
+            self._problems_opened(opened)
         for problem in closed:
             self._log.info(problem.code, **problem.fields, closed=True)
         if omitted:

@@ -46,6 +46,7 @@ from rules.events import Event
 from rules.health_check import HealthCheck
 from rules.history import History
 from rules.objects import Name
+from rules.problems import Problem
 from rules.state import State
 from rules.tables import FAMILIES
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from agent.serve.api import ApiServer
+    from agent.sources.kubernetes.connection import Connection
 
 
 SWITCH_SECONDS = 0.0005
@@ -146,7 +148,7 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             if ports:
                 ports.update(events)
 
-        source = _source(places, settings, put, logger, served, failed=failed)
+        source, connection = _source(places, settings, put, logger, served, failed=failed)
         network = addresses.AddressFollower(loop.put, failed)
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         if ahead:
@@ -177,10 +179,30 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         if api:
             stack.callback(api.stop)
             api.start()
+        if connection and settings.post_events:
+            _post_events(connection, chosen.node, served, logger, failed=failed, stack=stack)
         stack.callback(source.stop)
         source.start()
         loop.run()
         logger.info("stopped", tables="left in place")
+
+
+def _post_events(
+    connection: Connection,
+    node: str,
+    served: _Served,
+    logger: FilteringBoundLogger,
+    *,
+    failed: Callable[[str, Exception], None],
+    stack: ExitStack,
+) -> None:
+    """Posts an Event for each problem from now on, until the stack is closed."""
+    from agent.sources.kubernetes.event_poster import EventPoster
+
+    poster = EventPoster(connection, node, logger, failed)
+    served.following.post = poster.opened
+    stack.callback(poster.stop, 1.0)  # a request that is not answered must not delay the end
+    poster.start()
 
 
 def _localhost_ports(
@@ -203,11 +225,17 @@ def _also_to(ports: LocalhostPorts, reports: Reports) -> Reports:
 
 
 class _Following:
-    """How old the watches of the source are, once there is one."""
+    """What depends on the source, which is made last: how old its watches are, and who posts
+    problems."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self.watches: Callable[[], Sequence[Watch]] = list
+        self.post: Callable[[Sequence[Problem]], None] = lambda _: None
+
+    def problems_opened(self, problems: Sequence[Problem]) -> None:
+        """Has the problems posted as Events, if that is asked for."""
+        self.post(problems)
 
     def ages(self) -> Mapping[str, float]:
         """Seconds since the last valid answer, by resource."""
@@ -259,12 +287,13 @@ def _source(
     served: _Served,
     *,
     failed: Callable[[str, Exception], None],
-) -> Source:
+) -> tuple[Source, Connection | None]:
+    """The source of objects, and the connection to the API server if it has one."""
     if places:
         from agent.sources.manifests.follower import ManifestError, ManifestFollower
 
         try:
-            return ManifestFollower(places, put, logger, failed)
+            return ManifestFollower(places, put, logger, failed), None
         except ManifestError as error:
             raise CannotRun(str(error)) from None
     from agent.sources.kubernetes.connection import ConnectError, connect
@@ -286,7 +315,7 @@ def _source(
     )
     served.reports.recorder.watches_from(follower.status)
     served.following.watches = follower.status
-    return follower
+    return follower, connection
 
 
 @contextmanager
@@ -324,7 +353,8 @@ def _served(
         except OSError as error:
             raise CannotRun(f"cannot serve health and metrics: {error}") from None
         history = History(_seconds, settings.history_size)
-        yield _Served(Reports(recorder, heartbeat, health.update, history), following)
+        reports = Reports(recorder, heartbeat, health.update, history, following.problems_opened)
+        yield _Served(reports, following)
 
 
 def _seconds(text: str) -> float | None:

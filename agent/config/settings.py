@@ -239,6 +239,14 @@ class Settings(
             "How many changes the history keeps; one takes about half a kilobyte.",
         ),
     ] = 2000
+    post_events: Annotated[
+        bool,
+        Option(
+            "agent",
+            "Create a Kubernetes Event on an object for each problem with it. The agent must be"
+            " allowed to create `events.events.k8s.io` (deploy/components/events).",
+        ),
+    ] = False
     bind_address_hard_fail: Annotated[
         bool,
         Option(

@@ -22,6 +22,7 @@ import base64
 import copy
 import gzip
 import json
+import re
 import socket
 import ssl
 import sys
@@ -83,6 +84,10 @@ KINDS = {
         Kind("ServiceCIDR", "networking.k8s.io", "servicecidrs", False, {"spec": {}, "status": {}}),
     )
 }
+
+
+EVENT = Kind("Event", "events.k8s.io", "events", True, {})
+"""Can be created, not read."""
 
 
 class Seen(NamedTuple):
@@ -207,6 +212,10 @@ class ApiServer:
         """Resources (plural) that this server does not have."""
         self.forbidden: set[tuple[str, str]] = set()
         """(verb, resource) pairs that RBAC does not allow."""
+        self.events: dict[Key, Document] = {}
+        """The Events that were created, by namespace and name."""
+        self.terminating: set[str] = set()
+        """Namespaces that are being deleted: nothing can be created in them."""
         self.seen: list[Seen] = []
         self.version = 0
         self._bookmark_seconds = bookmark_seconds
@@ -422,6 +431,9 @@ class ApiServer:
     async def _start(self) -> None:
         app = web.Application()
         app.router.add_get("/{path:.*}", self._handle)
+        app.router.add_post(
+            "/apis/events.k8s.io/v1/namespaces/{namespace}/events", self._create_event
+        )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.0)
         await self._runner.setup()
         await self._listen()
@@ -451,6 +463,72 @@ class ApiServer:
             watch.wake.set()
         while self._open:
             await asyncio.sleep(0)
+
+    async def _create_event(self, request: web.Request) -> web.StreamResponse:
+        document, authorization = await request.json(), request.headers.get("Authorization", "")
+        namespace, accept = request.match_info["namespace"], request.headers.get("Accept", "")
+        key = (namespace, document["metadata"].get("name", ""))
+        with self._lock:
+            self.seen.append(Seen("create", EVENT.group, EVENT.plural, {}, authorization, accept))
+            fault = next((f for f in self._faults if f.takes("create", EVENT.plural)), None)
+            if (refusal := self._refusal_of(document, namespace)) is not None:
+                answer = refusal
+            elif fault:
+                answer = _failure(fault.code, fault.retry_after)
+            elif key in self.events:
+                answer = _status(
+                    409,
+                    "AlreadyExists",
+                    f'{EVENT.full_name} "{key[1]}" already exists',
+                    {"name": key[1], "group": EVENT.group, "kind": EVENT.plural},
+                )
+            else:
+                self.version += 1
+                document["metadata"].update(
+                    uid=f"00000000-0000-0000-0000-{self.version:012}",
+                    resourceVersion=str(self.version),
+                    creationTimestamp=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                )
+                self.events[key] = document
+                answer = web.json_response(document, status=201)
+            self._news.notify_all()
+        return answer
+
+    def _refusal_of(self, event: Document, namespace: str) -> web.Response | None:
+        """RBAC, namespaces that are being deleted, and validation
+        (pkg/apis/core/validation/events.go), as far as a poster can fail."""
+        name = event["metadata"].get("name", "")
+        if ("create", EVENT.plural) in self.forbidden:
+            return _forbidden("create", EVENT, f'in the namespace "{namespace}"')
+        if namespace in self.terminating:
+            cause = f"namespace {namespace} is being terminated"
+            return _status(
+                403,
+                "Forbidden",
+                f'{EVENT.full_name} "{name}" is forbidden: unable to create new content in '
+                f"namespace {namespace} because it is being terminated",
+                {
+                    **{"name": name, "group": EVENT.group, "kind": EVENT.plural},
+                    "causes": [{"reason": "NamespaceTerminating", "message": cause}],
+                },
+            )
+        wrong = [
+            field
+            for field, limit in (("reportingController", 253), ("reportingInstance", 128),
+                                 ("action", 128), ("reason", 128), ("eventTime", 64))
+            if not 0 < len(event.get(field, "")) <= limit
+        ]  # fmt: skip
+        if event.get("type") not in ("Normal", "Warning"):
+            wrong.append("type")
+        if len(event.get("note", "").encode()) > 1024:
+            wrong.append("note")
+        if event["regarding"].get("namespace", "default") != namespace:
+            wrong.append("regarding.namespace")
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", name) or len(name) > 253:
+            wrong.append("metadata.name")
+        if not wrong:
+            return None
+        return _status(422, "Invalid", f'Event "{name}" is invalid: {", ".join(wrong)}')
 
     def _wake(self) -> None:
         def wake() -> None:
@@ -736,13 +814,13 @@ def _status(
     return web.json_response(document, status=code)
 
 
-def _forbidden(verb: str, kind: Kind) -> web.Response:
+def _forbidden(verb: str, kind: Kind, where: str = "at the cluster scope") -> web.Response:
     details = {"group": kind.group} if kind.group else {}
     return _status(
         403,
         "Forbidden",
         f'{kind.full_name} is forbidden: User "{USER}" cannot {verb} resource "{kind.plural}" '
-        f'in API group "{kind.group}" at the cluster scope',
+        f'in API group "{kind.group}" {where}',
         {**details, "kind": kind.plural},
     )
 

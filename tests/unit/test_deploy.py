@@ -257,8 +257,9 @@ def test_events_are_the_only_right_to_write(tmp_path: Path) -> None:
     assert added == {
         "apiGroups": ["events.k8s.io"],
         "resources": ["events"],
-        "verbs": ["create", "patch"],
+        "verbs": ["create"],
     }
+    assert container(resources)["args"][-1] == "--post-events"
 
 
 # --- which node gets which proxy ------------------------------------------------------------------

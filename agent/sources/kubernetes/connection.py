@@ -86,11 +86,34 @@ class Connection:
             retries=False,
             redirect=False,
         )
-        if response.status == 401:
+        self._note_status(client, response.status)
+        return response
+
+    def post(self, path: str, body: bytes, seconds: float) -> tuple[int, bytes]:
+        """Creates an object from JSON; returns the answer's status and body.
+
+        Raises ConnectError if credentials are not available, and urllib3's HTTPErrors.
+        """
+        client, server, headers = self._credentials()
+        headers["Accept"] = headers["Content-Type"] = "application/json"
+        response: urllib3.BaseHTTPResponse = client.pool_manager.request(
+            "POST",
+            f"{server}{path}",
+            body=body,
+            headers=headers,
+            timeout=urllib3.Timeout(total=seconds),
+            retries=False,
+            redirect=False,
+        )
+        self._note_status(client, response.status)
+        return response.status, response.data
+
+    def _note_status(self, client: Any, status: int) -> None:
+        """Has the credentials loaded again if the server did not accept them."""
+        if status == http.HTTPStatus.UNAUTHORIZED:
             with self._lock:
                 if client is self._client:  # else another thread was faster
                     self._loaded_at = float("-inf")
-        return response
 
     def endpoints(self) -> frozenset[tuple[Address, int]]:
         """Packed addresses and TCP ports where the API server, or the proxy to it, is reached.

@@ -1,0 +1,206 @@
+"""Kubernetes Events about problems, on the objects that have them.
+
+Who may read a Service then sees what is wrong with it, without access to the nodes: `kubectl events
+--for service/web`. The option `post_events` turns this on, and the agent must be allowed to create
+Events (deploy/components/events).
+
+Every node finds the same problem. So the name of an Event is computed from object and problem: the
+first node creates it, the others are answered that it exists (409). It stays until the API server
+removes it, an hour by default; problems that are open now are in `sliceproxy status`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any, NamedTuple, Protocol
+
+import structlog
+
+from agent.worker import Failed, Worker
+from rules.problems import Problem
+
+Log = structlog.typing.FilteringBoundLogger
+
+QUEUED = 100
+"""So many problems wait to be posted; more are left out."""
+REPEAT_SECONDS = 3600.0
+"""A problem that opens again is posted again after so long, the API server's default for how long
+it keeps Events (--event-ttl)."""
+REMEMBERED = 1000
+"""So many posted problems are remembered for that."""
+REQUEST_SECONDS = 5.0
+REPORTER = "sliceproxy"
+
+_NOTE = 1000  # the API allows 1,024 bytes
+_NAME = 200  # of an object, in the name of an Event, which has at most 253 characters
+_VERSIONS = {
+    "Service": "v1",
+    "Node": "v1",
+    "EndpointSlice": "discovery.k8s.io/v1",
+    "ServiceCIDR": "networking.k8s.io/v1",
+}
+
+
+class Pace(NamedTuple):
+    """How fast Events are posted: a burst, then one for each interval. Each waits up to `spread`
+    seconds first, at random, because all nodes find a problem at the same time."""
+
+    burst: int = 10
+    interval: float = 6.0
+    spread: float = 5.0
+
+
+class Poster(Protocol):
+    """Sends a POST; returns status and body. Raises an exception if there is no answer."""
+
+    def post(self, path: str, body: bytes, seconds: float) -> tuple[int, bytes]:
+        """As `Connection.post`."""
+
+
+class EventPoster(Worker):
+    """Posts an Event for each problem that opens. `opened` may be called from any thread and never
+    waits."""
+
+    def __init__(
+        self,
+        connection: Poster,
+        node: str,
+        log: Log,
+        failed: Failed,
+        *,
+        pace: Pace = Pace(),  # noqa: B008, a tuple of numbers
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__("events", failed)
+        self._connection = connection
+        self._node = node
+        self._log = log
+        self._pace = pace
+        self._clock = clock
+        self._queue: queue.SimpleQueue[Problem | None] = queue.SimpleQueue()
+        self._posted: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._tokens, self._counted = float(pace.burst), clock()
+        self._ended = False
+
+    def opened(self, problems: Iterable[Problem]) -> None:
+        """Queues the problems, as far as there is room."""
+        for problem in problems:
+            if self._ended or self._queue.qsize() >= QUEUED:
+                return
+            self._queue.put(problem)
+
+    def stop(self, seconds: float | None = None) -> bool:
+        """See Worker. Problems that still wait are not posted."""
+        self._ended = True
+        self._queue.put(None)
+        return super().stop(seconds)
+
+    def work(self) -> None:
+        """Posts until `stop`, or until the API server forbids it."""
+        while (problem := self._queue.get()) is not None and not self.stopping:
+            if self._is_new(problem) and not self._post(problem):
+                break
+        self._ended = True
+
+    def _is_new(self, problem: Problem) -> bool:
+        """Whether the problem was not posted lately; it counts as posted from now on."""
+        key, now = (problem.code, str(problem.subject)), self._clock()
+        if now - self._posted.get(key, float("-inf")) < REPEAT_SECONDS:
+            return False
+        self._posted[key] = now
+        self._posted.move_to_end(key)
+        if len(self._posted) > REMEMBERED:
+            self._posted.popitem(last=False)
+        return True
+
+    def _post(self, problem: Problem) -> bool:
+        """Posts one Event. Returns whether to go on."""
+        if self.pause(random.uniform(0, self._pace.spread)) or not self._take_token():
+            return False
+        event = event_of(problem, self._node, datetime.now(UTC))
+        path = f"/apis/events.k8s.io/v1/namespaces/{event['metadata']['namespace']}/events"
+        try:
+            status, body = self._connection.post(path, json.dumps(event).encode(), REQUEST_SECONDS)
+        except Exception as error:  # whatever the connection raises: the next one may be answered
+            self._log.debug("event_not_posted", object=str(problem.subject), reason=str(error))
+            return True
+        if status == HTTPStatus.FORBIDDEN and not _is_terminating(body):
+            self._log.warning(
+                "events_forbidden",
+                answer=_message(body),
+                advice="allow to create events.events.k8s.io (deploy/components/events), or leave "
+                "out --post-events; problems are also in `sliceproxy status`",
+            )
+            return False
+        if status not in (HTTPStatus.CREATED, HTTPStatus.CONFLICT):
+            reason = f"{status} {_message(body)}"
+            self._log.debug("event_not_posted", object=str(problem.subject), reason=reason)
+        return True
+
+    def _take_token(self) -> bool:
+        """Waits until the pace allows the next one; false if the worker is to stop."""
+        while True:
+            now = self._clock()
+            gained = (now - self._counted) / self._pace.interval
+            self._tokens = min(float(self._pace.burst), self._tokens + gained)
+            self._counted = now
+            if self._tokens >= 1:
+                self._tokens -= 1
+                return True
+            if self.pause((1 - self._tokens) * self._pace.interval):
+                return False
+
+
+def event_of(problem: Problem, node: str, now: datetime) -> dict[str, Any]:
+    """The Event (events.k8s.io/v1) about a problem, as a document."""
+    kind, name, _ = problem.subject
+    namespace, slash, own_name = name.rpartition("/")
+    # Events about objects without namespace are in "default" (the API refuses others)
+    place = namespace if slash else "default"
+    regarding = {"kind": kind, "name": own_name, "apiVersion": _VERSIONS.get(kind, "v1")}
+    if slash:
+        regarding["namespace"] = namespace
+    digest = hashlib.sha256(f"{kind} {name} {problem.code}".encode()).hexdigest()[:16]
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"{own_name[:_NAME].rstrip('.-')}.{digest}", "namespace": place},
+        "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "reportingController": REPORTER,
+        "reportingInstance": f"{REPORTER}-{node}"[:128],
+        "action": "Program",
+        "reason": "".join(word.capitalize() for word in problem.code.split("_")),
+        "type": "Warning",
+        "note": problem.text.encode()[:_NOTE].decode(errors="ignore"),
+        "regarding": regarding,
+    }
+
+
+def _status_of(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _message(body: bytes) -> str:
+    return str(_status_of(body).get("message", ""))[:300]
+
+
+def _is_terminating(body: bytes) -> bool:
+    """Whether the answer refuses one namespace because it is being deleted; that is a 403, too."""
+    details = _status_of(body).get("details")
+    causes = details.get("causes") if isinstance(details, dict) else None
+    return any(
+        isinstance(cause, dict) and cause.get("reason") == "NamespaceTerminating"
+        for cause in causes or ()
+    )
