@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import msgspec
+
 from agent import __version__, log
 from agent.config.data_plane import serves_localhost
 from agent.config.file import ConfigFile
@@ -148,7 +150,7 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             if ports:
                 ports.update(events)
 
-        source, connection = _source(places, settings, put, logger, served, failed=failed)
+        source = _source(places, settings, put, logger, served, failed=failed, stack=stack)
         network = addresses.AddressFollower(loop.put, failed)
         logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
         if ahead:
@@ -179,8 +181,6 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         if api:
             stack.callback(api.stop)
             api.start()
-        if connection and settings.post_events:
-            _post_events(connection, chosen.node, served, logger, failed=failed, stack=stack)
         stack.callback(source.stop)
         source.start()
         loop.run()
@@ -225,12 +225,13 @@ def _also_to(ports: LocalhostPorts, reports: Reports) -> Reports:
 
 
 class _Following:
-    """What depends on the source, which is made last: how old its watches are, and who posts
-    problems."""
+    """What depends on the source, which is made last: how old its watches are, how the API server
+    is reached, and who posts problems."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self.watches: Callable[[], Sequence[Watch]] = list
+        self.connection: Connection | None = None
         self.post: Callable[[Sequence[Problem]], None] = lambda _: None
 
     def problems_opened(self, problems: Sequence[Problem]) -> None:
@@ -287,13 +288,13 @@ def _source(
     served: _Served,
     *,
     failed: Callable[[str, Exception], None],
-) -> tuple[Source, Connection | None]:
-    """The source of objects, and the connection to the API server if it has one."""
+    stack: ExitStack,
+) -> Source:
     if places:
         from agent.sources.manifests.follower import ManifestError, ManifestFollower
 
         try:
-            return ManifestFollower(places, put, logger, failed), None
+            return ManifestFollower(places, put, logger, failed)
         except ManifestError as error:
             raise CannotRun(str(error)) from None
     from agent.sources.kubernetes.connection import ConnectError, connect
@@ -315,7 +316,10 @@ def _source(
     )
     served.reports.recorder.watches_from(follower.status)
     served.following.watches = follower.status
-    return follower, connection
+    served.following.connection = connection
+    if settings.post_events:
+        _post_events(connection, chosen.node, served, logger, failed=failed, stack=stack)
+    return follower
 
 
 @contextmanager
@@ -383,7 +387,17 @@ def _api_server(
     from agent.kernel.facts import collect, conntrack, with_state
     from agent.kernel.lookups import kernel_elements
     from agent.serve.api import Api, ApiServer, Sources
-    from rules.doctor import examine
+    from rules.doctor import Facts, examine
+
+    def with_server(facts: Facts) -> Facts:
+        connection = served.following.connection
+        if connection is None:
+            return facts
+        return msgspec.structs.replace(
+            facts,
+            api_server=connection.server,
+            api_server_is_service=connection.at_service_address,
+        )
 
     history = served.reports.history
     assert history is not None
@@ -393,7 +407,7 @@ def _api_server(
         history=history,
         watches=served.following.watches,
         options=_chosen(settings),
-        examine=lambda state: examine(with_state(collect(), state)),
+        examine=lambda state: examine(with_server(with_state(collect(), state))),
         conntrack=lambda: found[:2] if (found := conntrack()) else None,
         version=__version__,
         elements=kernel_elements,

@@ -50,6 +50,17 @@ class Client:
     def __init__(self, path: str = SOCKET) -> None:
         self._path = path
 
+    def answers(self) -> bool:
+        """Whether an agent listens at the socket."""
+        connection = _Connection(self._path)
+        try:
+            connection.connect()
+        except OSError:
+            return False
+        finally:
+            connection.close()
+        return True
+
     def get(self, path: str, kind: type[T], query: Mapping[str, object] | None = None) -> T:
         """The answer at a path, as a record."""
         return msgspec.json.decode(self.raw(path, query), type=kind)

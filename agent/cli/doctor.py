@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,11 +35,12 @@ def command(*, paths: tuple[str, ...], socket_path: str, output: str, **flags: A
     cannot tell.
     """
     given = click.get_current_context().get_parameter_source("socket_path")
+    agent = Client(socket_path)
     state = chosen_state(paths, settings(flags)[0])
     if state:
         checks = examine(with_state(collect(), state))
-    elif os.path.exists(socket_path) or given is not ParameterSource.DEFAULT:
-        checks = Client(socket_path).get("/v1/doctor", list[Check])
+    elif given is not ParameterSource.DEFAULT or agent.answers():
+        checks = agent.get("/v1/doctor", list[Check])
     else:
         checks = examine(collect())
     put(checks, output, lambda console: show(checks, console), (c.id for c in checks))

@@ -15,7 +15,7 @@ import msgspec
 from agent.cli.client import Client, socket_flag
 from agent.cli.flags import fail, from_flag, settings, settings_flags
 from agent.cli.output import service_name
-from agent.cli.state import from_manifests
+from agent.cli.state import chosen_state
 from agent.kernel.errors import KernelError
 from agent.kernel.flow_watch import FlowWatch, sends_events
 from agent.serve.api import Status
@@ -43,7 +43,7 @@ REFRESH_SECONDS = 2.0
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N connections.")
 @from_flag
 @socket_flag
-@settings_flags("data plane")
+@settings_flags("data plane", "cluster")
 @click.option(
     "-o",
     "--output",
@@ -68,18 +68,16 @@ def command(
 
     Listens to the events of conntrack in this network namespace, so it must run on the node as root
     or in the agent's container. Whose the addresses are it asks the agent, or with --from reads
-    manifests. The kernel sends events only while this command runs. A connection that is refused or
-    dropped has no entry in conntrack and is not shown: see `trace` and `services`. An established
-    connection is not shown again. Ctrl-C ends it with exit code 0.
+    manifests, or with --kubeconfig a cluster's lists. The kernel sends events only while this
+    command runs. A connection that is refused or dropped has no entry in conntrack and is not
+    shown: see `trace` and `services`. An established connection is not shown again. Ctrl-C ends it
+    with exit code 0.
     """
     if seconds is None and not follow and count is None:
         seconds = SECONDS
     name = service_name(service, namespace or "") if service else ""
-    source: _Source
-    if paths:
-        source = _Manifests(from_manifests(paths, settings(flags)[0]))
-    else:
-        source = _Agent(Client(socket_path))
+    state = chosen_state(paths, settings(flags)[0])
+    source = _Objects(state) if state else _Agent(Client(socket_path))
     show = _print_json if output == "json" else _print_text
     with suppress(KeyboardInterrupt):
         try:
@@ -98,7 +96,7 @@ class _Source(Protocol):
         """The endpoints of a Service; None if there is no such Service."""
 
 
-class _Manifests:
+class _Objects:
     def __init__(self, state: State) -> None:
         self._state = state
         self._directory = Directory(services(state))

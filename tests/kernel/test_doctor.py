@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from agent.cli.client import Client
 from agent.kernel.facts import base_chains, collect
-from rules.doctor import FAILED, OK, WARNING, Check, Facts, examine
+from lab.world import World
+from rules.doctor import FAILED, OK, UNKNOWN, WARNING, Check, Facts, examine
+from tests.kernel.agent import Agent
 from tests.kernel.namespaces import in_empty_namespace, is_root
 
 pytestmark = pytest.mark.skipif(not is_root(), reason="needs root for network namespaces")
@@ -21,6 +26,10 @@ needs_nft = pytest.mark.skipif(shutil.which("nft") is None, reason="no nft")
 needs_iptables = pytest.mark.skipif(
     shutil.which("iptables-nft-restore") is None, reason="no iptables-nft"
 )
+
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 20.0
 
 
 def run(*command: str, text: str = "") -> None:
@@ -141,6 +150,102 @@ def test_strict_reverse_path_filtering_with_several_interfaces_is_a_warning() ->
             write(f"ipv4/conf/{name}/rp_filter", 0)
 
     assert doctor(loose)["rp-filter"].state == OK
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with World(pods=2, remotes=0, prefix="sliceproxy-doctor") as built:
+        yield built
+
+
+def test_strict_filtering_drops_on_an_asymmetric_route_until_the_remedy_is_followed(
+    world: World,
+) -> None:
+    """The node's route to a client's second address leads to a pod; its packets arrive at eth0."""
+    source, port = "203.0.113.5", 9000
+    client, node = world.hosts["client"], world.hosts["node"]
+    world.add_address("client", source)
+    pod = ("dev", "vethpod2")
+    world.run("node", run, "ip", "route", "add", f"{source}/32", *pod)
+    world.run("node", write, "ipv4/conf/all/rp_filter", 0)
+    world.run("node", write, "ipv4/conf/eth0/rp_filter", 1)
+
+    def arrives(address: str = source, seconds: float = 0.5) -> bool:
+        with (
+            world.socket("node", socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+            world.socket("client", socket.AF_INET, socket.SOCK_DGRAM) as sender,
+        ):
+            receiver.bind((node.ipv4, port))
+            receiver.settimeout(seconds)
+            sender.bind((address, 0))
+            sender.sendto(b"?", (node.ipv4, port))
+            try:
+                return receiver.recv(10) == b"?"
+            except TimeoutError:
+                return False
+
+    def check() -> Check:
+        found = world.run("node", lambda: {c.id: c for c in examine(collect())})
+        return found["rp-filter"]
+
+    # the kernel answers no ARP for a source that it filters, so the neighbour is resolved before
+    assert arrives(client.ipv4, PATIENCE)
+    assert not arrives()
+    found = check()
+    assert found.state == WARNING
+    assert "strict (1) on eth0" in found.detail
+    words = found.remedy.split(" (loose)")[0].split()
+    world.run("node", run, *words)
+    assert arrives(seconds=PATIENCE)
+    assert check().state == OK
+
+
+def test_connections_that_are_made_fill_the_share_of_conntrack(world: World) -> None:
+    """The maximum is the machine's and cannot be set in a namespace (nf_conntrack_max is read-only
+    there), so the real number of entries is judged against a small one."""
+
+    def fill() -> Facts:
+        rules = "add table ip t; add chain ip t c { type filter hook output priority 0; }; "
+        run("nft", rules + "add rule ip t c ct state new accept")  # so that this is tracked at all
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for port in range(9001, 9101):
+                sender.sendto(b"?", (world.hosts["pod-1"].ipv4, port))
+        return collect()
+
+    facts = world.run("node", fill)
+    assert facts.conntrack
+    used = facts.conntrack[0]
+    assert used >= 100
+
+    def state(most: int) -> str:
+        judged = examine(msgspec.structs.replace(facts, conntrack=(used, most, 0)))
+        return next(c.state for c in judged if c.id == "conntrack")
+
+    assert [state(used * 2), state(used * 10 // 9), state(used)] == [OK, WARNING, FAILED]
+
+
+def test_a_live_agent_judges_its_own_node_and_endpoints(world: World, tmp_path: Path) -> None:
+    """podCIDRs that do not contain the endpoints; without the agent only the machine is judged."""
+    place, path = tmp_path / "cluster.yaml", str(tmp_path / "api.sock")
+    place.write_text(NODE)
+    flags = ("--api-socket", path, "--detect-local-mode", "NodeCIDR")
+
+    def ask(*where: str) -> tuple[int, dict[str, Any]]:
+        command = [sys.executable, "-m", "agent", "doctor", "-o", "json", *where]
+        process = world.popen("node", command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        out, _ = process.communicate()
+        return process.returncode, {check["id"]: check for check in json.loads(out)}
+
+    with Agent(world, place, *flags) as agent:
+        agent.wait("programmed")
+        code, checks = ask("--socket", path)
+        assert Client(path).answers()
+        agent.kill()
+    assert (code, checks["pod-cidrs"]["state"], checks["node"]["state"]) == (1, FAILED, OK)
+    assert "10.244.1.5" in checks["pod-cidrs"]["detail"]
+    assert Path(path).exists()
+    assert not Client(path).answers(), "a socket that a killed agent left is no agent"
+    assert ask()[1]["node"]["state"] == UNKNOWN
 
 
 def test_conntrack_nearly_full_is_judged_by_its_share() -> None:

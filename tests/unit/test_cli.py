@@ -26,7 +26,7 @@ GROUPS = {
     "status": set(),
     "history": set(),
     "top": set(),
-    "flows": {"data plane"},
+    "flows": {"data plane", "cluster"},
     "trace": set(),
     "cleanup": set(),
     "demo": set(),

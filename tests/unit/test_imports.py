@@ -182,7 +182,7 @@ START = LIGHTLY + (
     "metrics = agent.run.Metrics(agent.run.__version__); "
     "served = agent.run._Served(agent.run.Reports(metrics), agent.run._Following()); "
     "put = lambda events: None; "
-    "agent.run._source((), settings, put, log, served, failed=print); "
+    "agent.run._source((), settings, put, log, served, failed=print, stack=None); "
     "log.info('started'); print(*sys.modules)"
 )
 """What `run` does until it sends its first request, but for the kernel."""
