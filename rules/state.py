@@ -314,7 +314,7 @@ class State:
             self._tables[family] = table
             changes.append(changed)
             if found and not changed.create:
-                have.update(found.elements)
+                have.update((s, e) for s, e in found.elements.items() if s not in changed.replaced)
         want = self.elements()
         self.element_counts = {owner: len(items) for owner, items in want.items()}
         difference = between(have, want)

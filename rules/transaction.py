@@ -11,7 +11,7 @@ go before what they use is deleted, verdicts before the chains they name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple
 
 from rules import text as nft
@@ -29,11 +29,14 @@ class TableContents(NamedTuple):
     """What a table is known to hold: the description by name, or None for something else.
 
     `same_hook` has the names of chains that have the wanted hook, whatever their rules are.
+    `other_counters` names the sets that are as described, but have counters and should not, or the
+    other way round.
     """
 
     sets: Mapping[str, Set | None]
     chains: Mapping[str, Chain | None]
     same_hook: frozenset[str] = frozenset()
+    other_counters: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, table: Table) -> TableContents:
@@ -42,13 +45,18 @@ class TableContents(NamedTuple):
 
 
 class TableChange(NamedTuple):
-    """What changes in one table besides its elements. With `counters`, its new sets have them."""
+    """What changes in one table besides its elements. With `counters`, its new sets have them.
+
+    `replaced` sets are deleted and made again, without elements; all chains that refer to them are
+    `rewritten`. So the table and what session affinity remembers stay.
+    """
 
     family: int
     delete: bool = False
     create: bool = False
     counters: bool = False
     new_sets: tuple[Set, ...] = ()
+    replaced: tuple[Set, ...] = ()
     new_chains: tuple[Chain, ...] = ()
     rewritten: tuple[Chain, ...] = ()
     old_chains: tuple[str, ...] = ()
@@ -73,17 +81,30 @@ def table_change(want: Table, have: TableContents | None) -> TableChange:
         differs = chain.name not in have.same_hook if old is None else old.base != chain.base
         if chain.base and differs:
             return _creation(want)._replace(delete=True)
+    replaced = {s for s in want.sets if s.name in have.other_counters}
     set_names, chain_names = {s.name for s in want.sets}, {c.name for c in want.chains}
     return TableChange(
         want.family,
         counters=want.counters,
         new_sets=tuple(s for s in want.sets if s.name not in have.sets),
         new_chains=tuple(c for c in want.chains if c.name not in have.chains),
+        replaced=tuple(s for s in want.sets if s in replaced),
         rewritten=tuple(
-            c for c in want.chains if c.name in have.chains and have.chains[c.name] != c
+            c
+            for c in want.chains
+            if c.name in have.chains and (have.chains[c.name] != c or _reads(c, replaced))
         ),
         old_chains=tuple(name for name in have.chains if name not in chain_names),
         old_sets=tuple(name for name in have.sets if name not in set_names),
+    )
+
+
+def _reads(chain: Chain, sets: Container[Set]) -> bool:
+    """Whether a rule of the chain refers to one of the sets."""
+    return any(
+        getattr(statement, "set", None) in sets or getattr(statement, "map", None) in sets
+        for rule in chain.rules
+        for statement in rule.statements
     )
 
 
@@ -127,6 +148,10 @@ def encode(  # noqa: PLR0912
             batch.new_chain(t.family, TABLE, chain)
         for name in (*(c.name for c in t.rewritten), *t.old_chains):
             batch.delete_rules(t.family, TABLE, name)
+        for replaced in t.replaced:
+            count = len(transaction.change.added.get(replaced, ()))
+            batch.delete_set(t.family, TABLE, replaced.name)
+            batch.new_set(TABLE, replaced, count, counters=t.counters)
     for owner, elements in transaction.change.removed.items():
         batch.delete_elements(TABLE, owner, elements)
     for t in transaction.tables:
@@ -152,7 +177,9 @@ def commands(transaction: Transaction) -> Iterator[str]:  # noqa: PLR0912
         if t.create:
             yield f"add table {name}"
             continue
-        for new in t.new_sets:
+        for old_set in t.replaced:
+            yield f"delete {'map' if old_set.is_map else 'set'} {name} {old_set.name}"
+        for new in (*t.replaced, *t.new_sets):
             kind = "map" if new.is_map else "set"
             counter = " counter;" if t.counters and new.counted else ""
             yield f"add {kind} {name} {new.name} {{ {nft.set_type(new)};{counter} }}"

@@ -103,7 +103,8 @@ class KernelTable(NamedTuple):
         return TableContents(
             {
                 name: described[name]
-                if name in described and _is_set(body, described[name], counters=want.counters)
+                if name in described
+                and includes(body, set_body(TABLE, described[name]), NFTA_LIST_ELEM)
                 else None
                 for name, body in self.sets.items()
             },
@@ -112,6 +113,12 @@ class KernelTable(NamedTuple):
                 for name in self.chains
             },
             frozenset(n for n in self.chains if n in chains and self._has_hook_of(chains[n])),
+            frozenset(
+                name
+                for name, body in self.sets.items()
+                if name in described
+                and _has_counters(body) != (want.counters and described[name].counted)
+            ),
         )
 
     def _has_hook_of(self, chain: Chain) -> bool:
@@ -133,14 +140,10 @@ class KernelTable(NamedTuple):
         )
 
 
-def _is_set(body: bytes, described: Set, *, counters: bool) -> bool:
-    """Whether a set that was read is as described."""
+def _has_counters(body: bytes) -> bool:
+    """Whether elements of a set that was read have counters, or other expressions."""
     found = fields(body)
-    has_counter = NFTA_SET_EXPR in found or NFTA_SET_EXPRESSIONS in found
-    wanted = set_body(TABLE, described, counters=counters)
-    return has_counter == (counters and described.counted) and includes(
-        body, wanted, NFTA_LIST_ELEM
-    )
+    return NFTA_SET_EXPR in found or NFTA_SET_EXPRESSIONS in found
 
 
 class ReadBack(NamedTuple):

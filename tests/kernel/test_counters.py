@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from agent.cli.client import Client
+from agent.config.settings import Settings
 from agent.kernel.counters import CountersReader, KeptCounts
 from agent.kernel.tables import Kernel
 from rules.counts import (
@@ -206,3 +207,21 @@ def scrape() -> str:
     with urlopen("http://127.0.0.1:10249/metrics") as answer:
         text: str = answer.read().decode()
         return text
+
+
+def test_switching_counters_on_or_off_keeps_the_table(net: Net) -> None:
+    """And with it what session affinity remembers; afterwards a comparison finds no difference."""
+    objects = manifest.node(), net.service(), net.slice("pod-1")
+    for counters, connections in ((False, 0), (True, 1), (True, 2), (False, 0)):
+        options = Settings(node="node-1", counters=counters).options()
+        running = Proxy(net.world, own=True, options=options)
+        running.state.apply([Upsert(o) for o in objects])
+        transaction = running.resync()
+        assert not any(t.delete for t in transaction.tables)
+        assert not running.resync()
+        net.server("pod-3", net.at("cluster-ip"))
+        found = counted(running).get(at(net, net.cluster_ip))
+        assert (found.connections if found else 0) == connections
+        running.kernel.close()
+    with net.world.run("node", Kernel) as kernel:
+        kernel.remove()
