@@ -12,7 +12,8 @@ The ways are measured in turn, each time from a socket, and so a flow, that was 
   costs that translates with NAT;
 - *direct*: to a pod past our tables, which look in vain;
 - through cluster IPs of Services with 1 and 10 endpoints;
-- in a second cluster, where some Services have session affinity: through one that has none, and
+- the same in an agent that does not count;
+- in another cluster, where some Services have session affinity: through one that has none, and
   through those with 10 and 1,000 endpoints;
 - through rules as kube-proxy makes them (`bench.like_kube_proxy`), if there is an `nft`.
 """
@@ -52,6 +53,7 @@ _FIRST_PORT = 20000
 _RCVBUFFORCE = 33
 _PLAIN = {"1 endpoint": (1, False), "10 endpoints": (10, False)}
 """Endpoints and session affinity of the Services that are asked, by name."""
+_UNCOUNTED = {"10 endpoints, without counters": (10, False)}
 _BESIDE_STICKY = {
     "10 endpoints, others sticky": (10, False),
     "sticky, 10 endpoints": (10, True),
@@ -107,13 +109,13 @@ class _Ways:
         """A way past all Services."""
         self.to[name] = world, (world.hosts["pod-1"].ipv4, _FIRST_PORT)
 
-    def through_agent(self, size: Size, asked: dict[str, tuple[int, bool]]) -> World:
+    def through_agent(self, size: Size, asked: dict[str, tuple[int, bool]], *flags: str) -> World:
         """Ways through Services of a cluster of this size, and these, which an agent programs."""
         world = self.world(_PODS, PER_SLICE)
         extra, addresses = _extra(size, world, asked)
         made = Setting(world, Cluster(size, extra), Prepared(Cluster(size, extra)))
         self._stack.enter_context(made.server)
-        self._stack.enter_context(made.start()).wait("programmed", seconds=600)
+        self._stack.enter_context(made.start(*flags)).wait("programmed", seconds=600)
         self.to.update({name: (world, (address, 80)) for name, address in addresses.items()})
         return world
 
@@ -139,6 +141,7 @@ def _measure(size: Size, results: Results, batches: int) -> None:
             world.run(HOST, partial(_track_connections, nat=nat))
             ways.to_pod(name, world)
         ways.to_pod("direct", ways.through_agent(size, _PLAIN))
+        ways.through_agent(size, _UNCOUNTED, "--no-counters")
         ways.through_agent(size, _BESIDE_STICKY)
         ways.through_imitation("rules like kube-proxy's, 10 endpoints", size.services)
         for world, where in ways.to.values():  # neighbours are found, code is warm
