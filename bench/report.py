@@ -44,10 +44,11 @@ class Row(NamedTuple):
     next_idea: str = ""
 
 
-_START = "elements encoded while the lists are streamed, instead of after both are complete"
+_START = "next: elements encoded while the lists are streamed, instead of after both are complete"
+_RESTART = "next: rules of chains are compared as bytes"
 _MEMORY = (
-    "40 MB are the interpreter, libraries and code; the state is 23 MB (below), of which names of "
-    "pods are 3; the elements of a start, before they are encoded, are 6"
+    "at 5,000 x 10, 40 MB are the interpreter, libraries and code; the state is 23 MB (below), of "
+    "which names of pods are 3; the elements of a start, before they are encoded, are 6"
 )
 _BYTES = (
     "this is all that a server sends of these objects in protobuf, each once, and watches are "
@@ -75,7 +76,7 @@ ROWS = (
     Row("bytes from the API server for it", "churn", "received", ()),
     Row("all endpoints replaced at once", "burst", "time", (2.5, 8, 6)),
     Row("restart, nothing changed: to verified", "restart", "time", (1.5, 3.5, 4.5),
-        next_idea=_START),
+        next_idea=_RESTART),
     Row("restart: elements written", "restart", "written", (0, 0, 0)),
     Row("idle, CPU", "idle", "cpu", (0.1, 0.1, 0.1)),
     Row("resident when idle", "memory", "resident", ()),
@@ -141,6 +142,14 @@ def _head(heads: list[dict[str, Any]]) -> Iterable[str]:
     yield f"average was {min(loads):.1f} to {max(loads):.1f} when the measurements began."
     yield "Sizes are Services x endpoints of each. Values are medians; spreads, repeats and the"
     yield "machine's own speed at that moment (yardsticks) are in the files."
+    if max(loads) > machine["cores"]:
+        yield ""
+        yield "**The machine was shared**: where the load average is above the number of cores,"
+        yield "a time also says how long a process waited for its turn. CPU, memory, bytes and"
+        yield "element counts do not depend on that; a table below has both commits in turns."
+    for remark in dict.fromkeys(r for h in heads for r in h.get("remarks", ())):
+        yield ""
+        yield remark
     if older:
         yield ""
         listed = ", ".join(f"{measure} ({made})" for made, measure in older)
@@ -158,6 +167,14 @@ def _value(runs: Runs, row: Row, size: str) -> tuple[float, str] | None:
     return found.get(row.field, found["most"]), found["unit"]
 
 
+def _text(value: tuple[float, str]) -> str:
+    return f"{_short(value[0])} {value[1]}"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
 def _table(runs: Runs) -> Iterable[str]:
     yield "## What must be reached, and what is"
     yield ""
@@ -173,7 +190,7 @@ def _table(runs: Runs) -> Iterable[str]:
                 missing = "" if row.measure == "churn" else "not measured"
                 cells += [missing, f"{goal:g}" if goal is not None else ""]
                 continue
-            text = f"{value[0]:.3g} {value[1]}"
+            text = _text(value)
             if goal is None:
                 cells += [text, ""]
             elif value[0] <= goal:
@@ -188,11 +205,12 @@ def _table(runs: Runs) -> Iterable[str]:
         yield sticky
         yield ""
     if missed:
-        yield "Not met, and what comes next:"
+        yield "Not met, and why or what comes next:"
         yield ""
-        for row, size, ratio in missed:
-            idea = f"; next: {row.next_idea}" if row.next_idea else ""
-            yield f"- {row.title}, {TITLES[size]}: {ratio:.1f} times the goal{idea}."
+        for row in dict.fromkeys(row for row, _, _ in missed):
+            ratios = (f"{TITLES[s]} {ratio:.2g}" for r, s, ratio in missed if r is row)
+            idea = f"; {row.next_idea}" if row.next_idea else ""
+            yield f"- {row.title}: times the goal: {', '.join(ratios)}{idea}."
         yield ""
 
 
@@ -252,7 +270,7 @@ def _theirs(runs: Runs) -> Iterable[str]:
         for index, size in enumerate(COLUMNS):
             value = _value(runs, row, size)
             cells += [
-                f"{value[0]:.3g} {value[1]}" if value else "not measured",
+                _text(value) if value else "not measured",
                 KUBE_PROXY_TEXT[row.theirs][index],
             ]
         yield f"| {row.title} | " + " | ".join(cells) + " |"
@@ -388,7 +406,7 @@ def _before(runs: Runs, directory: Path) -> Iterable[str]:
         for size in COLUMNS:
             for of in (before, runs):
                 value = _value(of, row, size)
-                cells.append(f"{value[0]:.3g} {value[1]}" if value else "")
+                cells.append(_text(value) if value else "")
         if any(cells):
             yield f"| {row.title} | " + " | ".join(cells) + " |"
     yield ""
@@ -408,7 +426,7 @@ def _connections(runs: Runs) -> Iterable[str]:
             cells = []
             for of in (metrics[f"opened: {name}"], metrics[f"sent: {name}"]):
                 low, high = of["quartiles"]
-                cells.append(f"{of['median']:,.3g} ({low:,.3g} to {high:,.3g})")
+                cells.append(f"{_short(of['median'])} ({_short(low)} to {_short(high)})")
             yield f"| {name} | {' | '.join(cells)} |"
         yield ""
 
