@@ -44,15 +44,15 @@ class Row(NamedTuple):
     next_idea: str = ""
 
 
-_START = "next: elements encoded while the lists are streamed, instead of after both are complete"
-_RESTART = "next: rules of chains are compared as bytes"
+_START = "idea: elements encoded while the lists are streamed, instead of after both are complete"
+_RESTART = "idea: rules of chains are compared as bytes"
 _MEMORY = (
     "at 5,000 x 10, 40 MB are the interpreter, libraries and code; the state is 23 MB (below), of "
     "which names of pods are 3; the elements of a start, before they are encoded, are 6"
 )
 _BYTES = (
     "this is all that a server sends of these objects in protobuf, each once, and watches are "
-    "never compressed; less needs lists in compressed pages, which cost the API server more"
+    "never compressed; lists in compressed pages would be less, and were not measured"
 )
 _PACKET = (
     "the rows below tell how much of it NAT hooks cost that have no rules, and what rules like "
@@ -62,17 +62,17 @@ ROWS = (
     Row("process start to all programmed", "load", "time", (0.8, 3, 1.8), "median", "time", _START),
     Row("CPU for it", "load", "cpu", (0.75, None, None), "median", "cpu", _START),
     Row("the kernel's part: encode and commit", "load", "kernel", (0.15, 0.6, 0.3), next_idea=(
-        "elements encoded while they are computed")),
+        "idea: elements encoded while they are computed")),
     Row("peak resident memory", "load", "peak", (65, 200, 150), "median", "peak", _MEMORY),
     Row("bytes from the API server", "load", "received", (8, None, None), next_idea=_BYTES),
     Row("one endpoint replaced, p50", "change", "latency", (1, 1.5, 1), "median", "latency",
-        "decode only what is new of a slice"),
+        "idea: decode only what is new of a slice"),
     Row("one endpoint replaced, p99", "change", "latency", (5, 6, 5), "p99"),
     Row("CPU for it", "change", "cpu", (2, 3, 2), "median", "change cpu"),
     Row("bytes from the API server for it", "change", "received", ()),
     Row("every endpoint replaced over 60 s, p99", "churn", "latency", (20, None, None), "p99"),
     Row("CPU for it", "churn", "cpu", (15, None, None), next_idea=(
-        "833 changes a second, each a transaction of its own; several could wait for one")),
+        "833 changes a second; whether waiting for several at once helps was not tried")),
     Row("bytes from the API server for it", "churn", "received", ()),
     Row("all endpoints replaced at once", "burst", "time", (2.5, 8, 6)),
     Row("restart, nothing changed: to verified", "restart", "time", (1.5, 3.5, 4.5),
@@ -145,8 +145,8 @@ def _head(heads: list[dict[str, Any]]) -> Iterable[str]:
     if max(loads) > machine["cores"]:
         yield ""
         yield "**The machine was shared**: where the load average is above the number of cores,"
-        yield "a time also says how long a process waited for its turn. CPU, memory, bytes and"
-        yield "element counts do not depend on that; a table below has both commits in turns."
+        yield "times say how long a process waited for its turn, and CPU rises, too, as caches and"
+        yield "cores are shared. Only memory, bytes and element counts do not depend on that."
     for remark in dict.fromkeys(r for h in heads for r in h.get("remarks", ())):
         yield ""
         yield remark
@@ -205,7 +205,7 @@ def _table(runs: Runs) -> Iterable[str]:
         yield sticky
         yield ""
     if missed:
-        yield "Not met, and why or what comes next:"
+        yield "Not met; with what is known of the reason, or an idea that was not tried:"
         yield ""
         for row in dict.fromkeys(row for row, _, _ in missed):
             ratios = (f"{TITLES[s]} {ratio:.2g}" for r, s, ratio in missed if r is row)
@@ -394,8 +394,8 @@ def _before(runs: Runs, directory: Path) -> Iterable[str]:
         return
     yield "## Before and after"
     yield ""
-    yield f"Version 0.1.0 (commit {heads[0]['commit']}, JSON), and this one, in turns in one run on"
-    yield "one machine:"
+    yield f"Version 0.1.0 (commit {heads[0]['commit']}, JSON) and this one, for each size one after"
+    yield "the other on one machine, which was not quiet:"
     yield ""
     yield "| measure | " + " | ".join(f"{TITLES[c]} before | after" for c in COLUMNS) + " |"
     yield "|---|" + "---|---|" * len(COLUMNS)
