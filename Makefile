@@ -10,6 +10,7 @@
 # What is installed outside this directory, and only as root on a Debian, and only if it is missing:
 #   make .venv    python3, python3-venv, ca-certificates (tools/need-python)
 #   make test     nftables, iptables, libnftables1, debootstrap (tools/need-test-tools)
+#                 for the page chromium and chromium-driver (290 MB), and shellcheck
 # Everything else is in .venv and build (a Debian 13 tree, whose newer nft the tests use).
 # tools/need-engine, which starts a container engine for tests/container, runs only in CI.
 
@@ -22,6 +23,7 @@ demo: .venv
 
 test: .venv/tests-ready
 	tools/need-test-tools
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-unit: .venv/tests-ready

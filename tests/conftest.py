@@ -12,6 +12,7 @@ ROOMS = {
     "unit": "pure parts and fakes: no root, no network, no kernel tables",
     "kernel": "the kernel's nftables and real packets, in network namespaces: root",
     "cluster": "the agent against an API server over real HTTP; most of them need root",
+    "browser": "the page in chromium: needs the extra `browser`, chromium and chromedriver",
     "container": "the image, in a container engine: root",
 }
 """The directories of tests/, which are also markers: `pytest -m "unit or cluster"`."""

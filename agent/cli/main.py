@@ -12,6 +12,7 @@ others need. Exit codes of all commands:
 
 from __future__ import annotations
 
+import difflib
 from importlib import import_module
 
 import click
@@ -44,7 +45,14 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] == "run":  # on every node, for long; the other commands need not be light
             lightly("agent.cli.run")
-        return super().resolve_command(ctx, args)
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], COMMANDS)
+            if not near:
+                raise
+            text = f"{error.message} Did you mean {' or '.join(near)}?"
+            raise click.UsageError(text, ctx) from None
 
 
 @click.group(

@@ -60,7 +60,8 @@ def show(status: Status, console: Console) -> None:
         grid.add_row(*row)
     console.print(grid)
     if status.problems:
-        console.print(f"\n[yellow]{len(status.problems)} open problems[/yellow]")
+        plural = "s" if len(status.problems) > 1 else ""
+        console.print(f"\n[yellow]{len(status.problems)} open problem{plural}[/yellow]")
     for problem in status.problems[:100]:
         since = time.strftime("%H:%M:%S", time.localtime(problem.since))
         times = f", {problem.count} times" if problem.count > 1 else ""

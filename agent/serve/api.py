@@ -38,11 +38,11 @@ from agent.worker import Failed
 from rules.counts import PacketCounts, frontend_counts
 from rules.diff import Elements
 from rules.doctor import Check
-from rules.endpoint_report import QuestionError, endpoints
-from rules.explain import explain
-from rules.history import History
+from rules.endpoint_report import EndpointTable, QuestionError, endpoints
+from rules.explain import Explanation, explain
+from rules.history import Entry, History
 from rules.problems import Problem
-from rules.service_report import services
+from rules.service_report import ServiceLine, services
 from rules.state import State
 
 Log = structlog.typing.FilteringBoundLogger
@@ -166,6 +166,19 @@ class Sources(NamedTuple):
     owns_tables: bool
     started: float
     counts: Callable[[], PacketCounts] | None = None
+
+
+ANSWERS: dict[str, Any] = {
+    "/v1/status": Status,
+    "/v1/services": list[ServiceLine],
+    "/v1/services/{namespace}/{name}": EndpointTable,
+    "/v1/explain": Explanation,
+    "/v1/diff": Difference,
+    "/v1/history": list[Entry],
+    "/v1/problems": list[ProblemRecord],
+    "/v1/doctor": list[Check],
+}
+"""The records of each path's answer: tools/api-schema makes docs/api/v1.json of them."""
 
 
 # --- answers ------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -109,3 +112,43 @@ def test_the_demo_says_where_it_is_if_it_is_not_installed(
     done = CliRunner().invoke(main, ["demo"])
     assert done.exit_code == 2
     assert "run `make demo` in a checkout" in done.output
+
+
+def test_the_shell_gets_completions() -> None:
+    """As docs/commands.md has it: click's own script, and what it asks for."""
+    program = [
+        sys.executable,
+        "-c",
+        "from agent.cli.main import main; main(prog_name='sliceproxy')",
+    ]
+    script = subprocess.run(
+        program,
+        env={**os.environ, "_SLICEPROXY_COMPLETE": "bash_source"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "complete -o nosort -F _sliceproxy_completion sliceproxy" in script
+    asked = subprocess.run(
+        program,
+        env={
+            **os.environ,
+            "_SLICEPROXY_COMPLETE": "bash_complete",
+            "COMP_WORDS": "sliceproxy explain --fr",
+            "COMP_CWORD": "2",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    assert asked.split() == ["plain,--from", "plain,--from-address"]
+
+
+def test_a_misspelt_command_gets_a_suggestion() -> None:
+    done = CliRunner().invoke(main, ["statsu"])
+    assert (done.exit_code, "Did you mean status?" in done.output) == (2, True), done.output
+
+
+def test_the_document_has_every_command() -> None:
+    text = (Path(__file__).parents[2] / "docs/commands.md").read_text()
+    assert not [name for name in COMMANDS if f"`{name}" not in text]

@@ -1,0 +1,167 @@
+"""Chromium without a screen, and the agent's API with a cluster behind it, without a kernel."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from agent.config.settings import Settings
+from agent.serve.api import Api, ApiServer, Sources
+from agent.serve.health import Heartbeat
+from agent.serve.http import TcpAddress
+from rules.doctor import Check
+from rules.events import Event, Synced, Upsert
+from rules.history import History
+from rules.state import State
+from tests.manifest import node
+
+PATIENCE = 20.0
+PORT = 10391
+
+
+class Watch:
+    """A watch as the source reports it."""
+
+    def __init__(self, resource: str, objects: int) -> None:
+        now = time.monotonic()
+        self.resource, self.objects, self.state = resource, objects, "watching"
+        self.since = self.last_message = self.last_valid = now
+        self.relists = self.errors = 0
+
+
+class Backend:
+    """A State, and its API at a loopback port."""
+
+    def __init__(self) -> None:
+        self.state = State(Settings(node="node-1").options())
+        self.state.apply([Upsert(node(zone="a")), Synced()])
+        self.state.step()
+        self.history = History(lambda _: None)
+        self.checks = [Check("kernel", "The kernel", "ok", "6.18 has owned tables")]
+        self._snapshot: State | None = None
+        heartbeat = Heartbeat()
+        heartbeat.queued()
+        heartbeat.synced()
+        heartbeat.programmed()
+        sources = Sources(
+            ask=lambda answer: answer(self._take()),
+            heartbeat=heartbeat,
+            history=self.history,
+            watches=lambda: [Watch("services", 5000), Watch("endpointslices", 5001)],
+            options={},
+            examine=lambda _: self.checks,
+            conntrack=lambda: (12_345, 262_144),
+            elements=lambda: nullcontext(None),
+            difference=lambda _: [],
+            version="0.2.0",
+            owns_tables=True,
+            started=time.time() - 3600,
+        )
+        log = structlog.get_logger()
+        address = TcpAddress("127.0.0.1", PORT)
+        self._server = ApiServer(Api(sources), log, lambda *_: None, None, address)
+
+    def __enter__(self) -> Backend:
+        self._server.start()
+        assert self._server.settle()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
+
+    def put(self, *events: Event) -> None:
+        """Programs events, as the loop does."""
+        self.state.apply(events)
+        operations = self.state.step().change.operations
+        self.history.record(self.state.changes, time.time(), operations)
+        self.state.problems.collect(time.time())
+        self.state.changes.clear()
+        self._snapshot = None
+
+    def _take(self) -> State:
+        self._snapshot = self._snapshot or self.state.snapshot()
+        return self._snapshot
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    with Backend() as made:
+        yield made
+
+
+class Page:
+    """The page in a browser."""
+
+    url = f"http://127.0.0.1:{PORT}/"
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, route: str = "") -> None:
+        self.driver.get("about:blank")
+        self.driver.get(self.url + route)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    @property
+    def text(self) -> str:
+        return str(self.run("return document.body.innerText"))
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """The first true value of a condition."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := condition()):
+            assert time.monotonic() < deadline, self.text[:2000]
+            time.sleep(0.01)
+        return found
+
+    def shows(self, *words: str) -> None:
+        """Waits until the page has all these words."""
+        self.until(lambda: all(word in self.text for word in words))
+
+    def press(self, *keys: str) -> None:
+        """Keys for whatever has the focus."""
+        for key in keys:
+            self.driver.switch_to.active_element.send_keys(key)
+
+    def errors(self) -> list[str]:
+        """What the browser complains about."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture(scope="session")
+def _driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver: Any = pytest.importorskip(
+        "selenium.webdriver", reason="needs selenium, the extra `browser`"
+    )
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (program and driver):
+        pytest.skip("needs chromium and chromedriver (tools/need-test-tools)")
+    profile: Path = tmp_path_factory.mktemp("chromium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+        *("no-proxy-server", "window-size=1280,800", f"user-data-dir={profile}"),
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=driver)
+    with webdriver.Chrome(options=options, service=service) as made:
+        yield made
+
+
+@pytest.fixture
+def page(_driver: Any, backend: Backend) -> Page:
+    _driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    _driver.get_log("browser")
+    return Page(_driver)
