@@ -35,7 +35,7 @@ from agent.serve.http import (
     UnixAddress,
 )
 from agent.worker import Failed
-from rules.counts import PacketCounts, frontend_counts
+from rules.counts import FrontendCounts, PacketCounts, frontend_counts
 from rules.diff import Elements
 from rules.doctor import Check
 from rules.endpoint_report import EndpointTable, QuestionError, endpoints
@@ -174,6 +174,7 @@ ANSWERS: dict[str, Any] = {
     "/v1/services/{namespace}/{name}": EndpointTable,
     "/v1/explain": Explanation,
     "/v1/diff": Difference,
+    "/v1/counters": list[FrontendCounts],
     "/v1/history": list[Entry],
     "/v1/problems": list[ProblemRecord],
     "/v1/doctor": list[Check],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import structlog
@@ -23,7 +25,12 @@ from rules.state import State
 from tests.manifest import node
 
 PATIENCE = 20.0
-PORT = 10391
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Watch:
@@ -64,8 +71,9 @@ class Backend:
             owns_tables=True,
             started=time.time() - 3600,
         )
+        self.url = f"http://127.0.0.1:{_free_port()}/"
         log = structlog.get_logger()
-        address = TcpAddress("127.0.0.1", PORT)
+        address = TcpAddress("127.0.0.1", urlsplit(self.url).port or 0)
         self._server = ApiServer(Api(sources), log, lambda *_: None, None, address)
 
     def __enter__(self) -> Backend:
@@ -99,10 +107,9 @@ def backend() -> Iterator[Backend]:
 class Page:
     """The page in a browser."""
 
-    url = f"http://127.0.0.1:{PORT}/"
-
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, url: str) -> None:
         self.driver = driver
+        self.url = url
 
     def open(self, route: str = "") -> None:
         self.driver.get("about:blank")
@@ -164,4 +171,4 @@ def _driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def page(_driver: Any, backend: Backend) -> Page:
     _driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     _driver.get_log("browser")
-    return Page(_driver)
+    return Page(_driver, backend.url)

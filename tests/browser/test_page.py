@@ -46,7 +46,7 @@ def test_an_overview_of_5000_services_finds_one_as_it_is_typed(
 ) -> None:
     """Two requests and a bounded table, whatever the cluster's size; typing asks nothing more.
 
-    Usable in 0.6 s and found in 0.1 s on two free cores; how long it takes is no test.
+    Usable after 0.7 to 1.3 s and filtered in 20 ms, measured on two busy cores.
     """
     for number in range(5000):
         name, address = f"service-{number}", f"10.96.{number // 250}.{number % 250}"
@@ -56,7 +56,8 @@ def test_an_overview_of_5000_services_finds_one_as_it_is_typed(
     backend.put()
     page.open()
     page.until(lambda: len(rows(page)) == 200)
-    asked = "return performance.getEntriesByType('resource').map(e => e.name.split('/v1/')[1])"
+    asked = """return performance.getEntriesByType('resource')
+        .map(e => e.name.split('/v1/')[1].split('?')[0])"""
     assert page.run(asked)[:2] == ["status", "services"]
     assert page.run(asked).count("services") == 1
     page.press("/", "service-4321")

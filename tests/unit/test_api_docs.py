@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.serve.api import ANSWERS
+from agent.serve.api import ANSWERS, Api
 from tests.manifest import service
 from tests.unit.test_api import WEB, Agent
 
@@ -70,6 +70,7 @@ TARGETS = {
 @pytest.mark.parametrize("path", ANSWERS)
 def test_an_answer_is_valid_by_its_schema(path: str) -> None:
     agent = Agent(*WEB, service("twin", cluster_ips=["10.96.0.10"]))
+    agent.api = Api(agent.sources._replace(counts=dict))
     agent.state.problems.collect(1.0)
     agent.history.note("started", 1.0, "a test")
     target, query = TARGETS.get(path, (path, {}))
