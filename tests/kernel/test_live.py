@@ -148,7 +148,7 @@ def test_status_says_that_the_node_is_programmed(live: Live) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *(("services", "-o", output) for output in ("text", "wide", "json", "yaml", "name")),
+        *(("services", "-o", output) for output in ("text", "name")),
         *(("endpoints", "web", "-o", output) for output in ("text", "json", "name")),
         *(("explain", "web", "-o", output) for output in ("text", "json", "name")),
         ("services", "-n", "default"),
@@ -167,6 +167,19 @@ def test_a_command_says_the_same_live_and_from_the_manifests(
     assert asked.stdout == computed.stdout
     assert asked.returncode == computed.returncode
     assert asked.stdout or command == ("diff",)
+
+
+@pytest.mark.parametrize("output", ["json", "yaml"])
+def test_services_live_are_those_of_the_manifests_with_counters(live: Live, output: str) -> None:
+    asked = yaml.safe_load(live.ask("services", "-o", output).stdout)
+    source = ("--from", str(live.place), "--node=node-1", *DATA_PLANE)
+    computed = yaml.safe_load(live.run("services", "-o", output, *source).stdout)
+    counters = ("connections", "refused", "dropped")
+    for frontend in (f for line in asked for f in line["frontends"]):
+        assert all(isinstance(frontend[name], int) for name in counters)
+        frontend.update(dict.fromkeys(counters))
+    assert asked == computed
+    assert "CONNECTIONS" in live.ask("services", "-o", "wide").stdout.upper()
 
 
 def test_doctor_live_knows_the_state_of_the_agent(live: Live) -> None:
