@@ -25,7 +25,7 @@ from agent.config.durations import Duration
 from agent.kernel.sysctl import ConntrackSettings
 from rules.options import DetectLocalMode, Options
 
-HEALTHZ_PORT, METRICS_PORT, API_PORT = 10256, 10249, 10255
+HEALTHZ_PORT, METRICS_PORT, API_PORT = 10256, 10249, 10270
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 Group = Literal["data plane", "tables", "cluster", "agent", "conntrack"]
