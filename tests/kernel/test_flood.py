@@ -24,12 +24,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make na
 HEALTH, METRICS, CHECK = 10256, 10249, 31234
 GROWTH_MB = 20  # the old server grew by 40 MB with the first of these floods
 
-FLOOD = r"""
-import json, resource, socket, sys, threading, time
-kind, port, count, probe_port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-probes, done = [], threading.Event()
+ASK = r"""
+import json, resource, select, socket, sys, threading, time
 
 def ask(port, path):
     with socket.create_connection(("127.0.0.1", port), timeout=1.0) as sock:
@@ -39,14 +35,28 @@ def ask(port, path):
             data += piece
         return data[9:12].decode()
 
-def probe():
-    # a kubelet's: a second, then it counts as failed
-    while not done.is_set():
-        try:
-            probes.append(ask(probe_port, b"/livez"))
-        except OSError as error:
-            probes.append(repr(error))
-        done.wait(0.05)
+"""
+
+PROBE = (
+    ASK
+    + r"""
+# as a kubelet: a process of its own, a second for each answer; until its standard input ends
+probes = []
+while not select.select([sys.stdin], [], [], 0.05)[0]:
+    try:
+        probes.append(ask(int(sys.argv[1]), b"/livez"))
+    except OSError as error:
+        probes.append(repr(error))
+print(json.dumps(probes))
+"""
+)
+
+FLOOD = (
+    ASK
+    + r"""
+kind, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 def quick():
     for _ in range(count // 8):
@@ -69,7 +79,6 @@ def held(first):
         kept.append(sock)
     time.sleep(1.0)
 
-threading.Thread(target=probe, daemon=True).start()
 if kind == "quick":
     threads = [threading.Thread(target=quick) for _ in range(8)]
     for thread in threads:
@@ -80,9 +89,8 @@ elif kind == "silent":
     held(b"G")
 else:
     held(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-done.set()
-print(json.dumps(probes))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +135,16 @@ def test_a_flood_does_not_grow_the_agent_nor_keep_out_probes(
     """Quick requests, clients that send one byte, and clients that take no answer."""
     world, running = agent
     before = resident_mb(running)
-    command = [sys.executable, "-c", FLOOD, kind, str(port), str(count), str(HEALTH)]
-    flood = world.popen("node", command, stdout=subprocess.PIPE, text=True)
-    probes = json.loads(flood.communicate(timeout=20 * PATIENCE)[0])
+    probe = world.popen(
+        "node",
+        [sys.executable, "-c", PROBE, str(HEALTH)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    flood = world.popen("node", [sys.executable, "-c", FLOOD, kind, str(port), str(count)])
+    assert flood.wait(20 * PATIENCE) == 0
+    probes = json.loads(probe.communicate(timeout=PATIENCE)[0])
     assert len(probes) > 10
     assert set(probes) == {"200"}
     assert resident_mb(running) - before < GROWTH_MB

@@ -5,9 +5,9 @@ See `agent.sources.kubernetes.formats`.
 
 from __future__ import annotations
 
+from agent.sources.kubernetes import formats
 from agent.sources.kubernetes.formats import (
     INITIAL_EVENTS_END,
-    MAX_EVENT_BYTES,
     Bookmark,
     Encoded,
     EventTooLarge,
@@ -36,7 +36,7 @@ class Frames:
         buffer += data
         while len(buffer) - start >= 4:
             end = start + 4 + int.from_bytes(buffer[start : start + 4])
-            if end - start > MAX_EVENT_BYTES:
+            if end - start > formats.MAX_EVENT_BYTES:
                 raise EventTooLarge
             if len(buffer) < end:
                 break
