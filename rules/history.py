@@ -60,8 +60,6 @@ KINDS = (
     "endpoint_added",
     "endpoint_changed",
     "endpoint_removed",
-    "started",
-    "resynced",
     "repaired",
     "refused_by_kernel",
 )

@@ -6,7 +6,7 @@ their frontends and looks at no endpoint twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 
@@ -160,11 +160,3 @@ def answer(wanted: Wanted) -> str:
 
 def _policy(*, local: bool) -> str:
     return "Local" if local else "Cluster"
-
-
-def totals(lines: Iterable[ServiceLine]) -> dict[str, int]:
-    """How many lines are in each state."""
-    counts: dict[str, int] = {}
-    for line in lines:
-        counts[line.state] = counts.get(line.state, 0) + 1
-    return counts

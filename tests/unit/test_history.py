@@ -85,7 +85,7 @@ def test_a_large_change_is_counted_beyond_a_bound() -> None:
 def test_the_ring_forgets_the_oldest_and_filters() -> None:
     history = History(seconds, 3)
     for second in range(5):
-        history.note("resynced", NOW + second, "because")
+        history.note("repaired", NOW + second, "because")
     history.record([ObjectChange(None, service("web"))], NOW + 9, 1)
     assert [e.sequence for e in history.entries()] == [4, 5, 6]
     assert [e.sequence for e in history.entries(service="default/web")] == [6]
