@@ -17,7 +17,6 @@ import gc
 import queue
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -27,6 +26,7 @@ from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
 from agent.kernel.flows import FlowCleaner, Look
 from agent.kernel.readahead import ReadAhead
+from agent.kernel.reading import TableReader
 from agent.kernel.tables import Kernel, transaction_of
 from agent.kernel.watcher import Watcher
 from agent.serve.health import Heartbeat
@@ -135,7 +135,7 @@ class Connections(NamedTuple):
     """How workers connect to the kernel: to conntrack, and to nf_tables for reading."""
 
     conntrack: Callable[[], Conntrack] = Conntrack
-    reading: Callable[[], Kernel] = partial(Kernel, own=False)
+    reading: Callable[[], TableReader] = TableReader
 
 
 class Loop:

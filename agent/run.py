@@ -35,6 +35,7 @@ from agent.kernel.affinity import AffinityWatch
 from agent.kernel.counters import CountersReader, KeptCounts
 from agent.kernel.errors import KernelError
 from agent.kernel.readahead import ReadAhead, read_ahead
+from agent.kernel.reading import TableReader
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
 from agent.loop import Ask, Failed, Loop, Reports, Stop, WorkerFailed, difference
@@ -163,7 +164,7 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
         for worker in (network, affinity, *([ports] if ports else ())):
             stack.callback(worker.stop)
             worker.start()
-        counters = CountersReader(kept, partial(Kernel, own=False)) if kept else None
+        counters = CountersReader(kept, TableReader) if kept else None
         if counters and settings.metrics_frontends:
             snapshots = _Snapshots(loop)
             reports.recorder.frontends_from(

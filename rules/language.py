@@ -175,7 +175,7 @@ class Set:
         The kernel keeps a set with a size in a hash table that is large enough from the beginning.
         One without grows while it is filled, but only after the transaction has ended: 250,000
         elements take 0.5 s instead of 0.25, and a dump of them 2.2 s instead of 0.8. But a size is
-        also a limit: a set that reaches it must be recreated (`agent.kernel.tables.Full`).
+        also a limit: a set that reaches it must be recreated (`agent.kernel.errors.Full`).
         """
         if self.dynamic:
             return self.size

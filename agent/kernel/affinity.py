@@ -13,7 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from agent.kernel.errors import KernelError
-from agent.kernel.tables import Kernel
+from agent.kernel.reading import TableReader
 from agent.worker import Failed, Worker
 from rules.tables import AFFINITY_SIZE, FAMILIES, SETS
 
@@ -39,7 +39,7 @@ class AffinityWatch(Worker):
 
     def work(self) -> None:
         """Looks, and pauses."""
-        with Kernel(own=False) as kernel:
+        with TableReader() as kernel:
             while not self.pause(self._seconds):
                 for family in FAMILIES:
                     try:
@@ -47,7 +47,7 @@ class AffinityWatch(Worker):
                     except KernelError:
                         continue  # the tables are being recreated; the next look will do
 
-    def _look(self, kernel: Kernel, family: int) -> None:
+    def _look(self, kernel: TableReader, family: int) -> None:
         sets = SETS[family]
         clients = kernel.count(sets.affinity)
         self._record(family, clients or 0)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import structlog
 
 from agent.kernel.errors import KernelError
-from agent.kernel.tables import Kernel
+from agent.kernel.reading import TableReader
 from agent.worker import Failed, Worker
 from rules.tables import SETS
 from rules.text import Element
@@ -44,7 +44,7 @@ class ClientReader(Worker):
         put: Callable[[Clients], None],
         log: Log,
         failed: Failed,
-        connect: Callable[[], Kernel],
+        connect: Callable[[], TableReader],
     ) -> None:
         super().__init__("client reader", failed)
         self._put = put

@@ -84,3 +84,24 @@ _CONNTRACK = {
     errno.EOPNOTSUPP: _MODULE,
     errno.EPROTONOSUPPORT: "The kernel needs nfnetlink and nf_conntrack_netlink.",
 }
+_STALE = {errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART, errno.ENOTEMPTY}
+
+
+def nf_tables_error(code: int, subject: str, detail: str = "") -> KernelError:
+    """The error for an errno of nf_tables."""
+    if code == errno.EPERM:
+        kind: type[KernelError] = OwnedByOther if _may_administer() else NotPermitted
+    elif code == errno.ENFILE:
+        kind = Full
+    elif code in _STALE:
+        kind = Stale
+    else:
+        kind = Refused
+    return kind(code, subject, detail)
+
+
+def _may_administer() -> bool:
+    """Whether this process has CAP_NET_ADMIN."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        line = next(line for line in status if line.startswith("CapEff"))
+    return bool(int(line.split()[1], 16) >> 12 & 1)

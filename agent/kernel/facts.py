@@ -14,8 +14,8 @@ from pyroute2.iproute.linux import IPRoute
 from agent.kernel import kube_proxy
 from agent.kernel.addresses import read
 from agent.kernel.errors import KernelError
+from agent.kernel.reading import TableReader
 from agent.kernel.socket import Interrupted, NetlinkSocket
-from agent.kernel.tables import Kernel
 from rules.doctor import BaseChain, Facts, Interface, program_of
 from rules.netlink.attributes import attributes, fields, integer, text
 from rules.netlink.batch import content, nft_type
@@ -58,7 +58,7 @@ def collect() -> Facts:
     """The facts of this network namespace. What cannot be read is None, or absent."""
     owns, chains = True, None
     leftovers: tuple[str, ...] = ()
-    with suppress(KernelError, OSError), Kernel(own=False) as kernel:
+    with suppress(KernelError, OSError), TableReader() as kernel:
         owns = all(
             info[1] is not None for family in (4, 6) if (info := kernel.info(family)) is not None
         )

@@ -45,6 +45,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from agent.kernel.errors import Stale
+from agent.kernel.reading import TableReader
 from agent.kernel.tables import Kernel
 from rules.netlink.attributes import attribute, attributes, fields, string, text
 from rules.netlink.batch import Batch
@@ -156,12 +157,12 @@ def legacy_command(family: int) -> str:
 # --- finding ------------------------------------------------------------------------------------
 
 
-def find(kernel: Kernel) -> list[str]:
+def find(kernel: TableReader) -> list[str]:
     """What kube-proxy has left here, a line each; empty if nothing. Reads names only, no rules."""
     return look(kernel).lines()
 
 
-def look(kernel: Kernel) -> Leftovers:
+def look(kernel: TableReader) -> Leftovers:
     """What kube-proxy has left in this network namespace."""
     return Leftovers(
         tuple(family for family in FAMILIES if _has_table(kernel, family)),
@@ -176,14 +177,14 @@ def look(kernel: Kernel) -> Leftovers:
     )
 
 
-def _has_table(kernel: Kernel, family: int) -> bool:
+def _has_table(kernel: TableReader, family: int) -> bool:
     return any(
         text(fields(body)[NFTA_TABLE_NAME]) == TABLE
         for body in kernel.dump(NFT_MSG_GETTABLE, family)
     )
 
 
-def _chain_names(kernel: Kernel, family: int) -> dict[str, dict[str, bool]]:
+def _chain_names(kernel: TableReader, family: int) -> dict[str, dict[str, bool]]:
     """The chains of iptables' tables, and whether each is a base chain."""
     names: dict[str, dict[str, bool]] = {table: {} for table in IPTABLES}
     for body in kernel.dump(NFT_MSG_GETCHAIN, family):
@@ -284,7 +285,7 @@ def _reachable(start: Iterable[str], rules: list[_Rule]) -> set[str]:
     return found
 
 
-def _rules(kernel: Kernel, place: Place) -> Iterator[_Rule]:
+def _rules(kernel: TableReader, place: Place) -> Iterator[_Rule]:
     family, table = place
     for body in kernel.dump(NFT_MSG_GETRULE, family, string(NFTA_RULE_TABLE, table)):
         rule = fields(body)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 
 from agent.kernel.errors import KernelError
-from agent.kernel.tables import Kernel
+from agent.kernel.reading import TableReader
 from rules.diff import Elements
 from rules.language import Set
 from rules.tables import FAMILIES, SETS
@@ -22,7 +22,7 @@ from rules.text import Element, Key, Value
 class KernelElements(Mapping[Set, Mapping[Key, Value]]):
     """The sets that the kernel has of our tables. Look-ups raise KernelError."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: TableReader) -> None:
         self._kernel = kernel
         self._found: dict[Set, Mapping[Key, Value]] = {}
 
@@ -58,7 +58,7 @@ class KernelElements(Mapping[Set, Mapping[Key, Value]]):
 class _ByKey(Mapping[Key, Value]):
     """A set of which each element is read when it is looked up, and kept."""
 
-    def __init__(self, kernel: Kernel, owner: Set) -> None:
+    def __init__(self, kernel: TableReader, owner: Set) -> None:
         self._kernel = kernel
         self._owner = owner
         self._found: dict[Key, Element | None] = {}
@@ -83,7 +83,7 @@ def kernel_elements() -> Iterator[Elements | None]:
     """The elements in this network namespace; None if it has none of our tables, or if they are
     not readable (without CAP_NET_ADMIN)."""
     try:
-        kernel = Kernel(own=False)
+        kernel = TableReader()
     except KernelError:
         yield None
         return

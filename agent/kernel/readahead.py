@@ -32,8 +32,8 @@ import time
 import structlog
 
 from agent.kernel.errors import KernelError
+from agent.kernel.reading import ReadBack, TableReader
 from agent.kernel.socket import NetlinkSocket
-from agent.kernel.tables import Kernel, ReadBack
 from agent.kernel.watcher import Watcher
 from agent.worker import Worker
 from rules.tables import FAMILIES
@@ -66,7 +66,7 @@ class ReadAhead(Worker):
         """Reads both tables, or as much as it may."""
         started = time.perf_counter()
         try:
-            with Kernel(own=False, connect=lambda: BatchedSocket(self._stale)) as kernel:
+            with TableReader(lambda: BatchedSocket(self._stale)) as kernel:
                 for family in FAMILIES:
                     if table := kernel.read_back(family, watched=True):
                         self._tables[family] = table
@@ -116,7 +116,7 @@ class ReadAhead(Worker):
         self._log.debug("read_ahead", used=bool(self._tables), ms=round(self._seconds * 1e3, 2))
 
 
-def read_ahead(kernel: Kernel, log: Log) -> ReadAhead | None:
+def read_ahead(kernel: TableReader, log: Log) -> ReadAhead | None:
     """Begins to read ahead, if there is anything to read."""
     try:
         if not any(kernel.info(family) for family in FAMILIES):

@@ -34,7 +34,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from agent.kernel.tables import KernelTable
+from agent.kernel.reading import KernelTable
 from lab.world import World
 from rules.diff import Elements, between
 from rules.events import Delete, Event, NodeAddresses, Upsert

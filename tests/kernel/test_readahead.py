@@ -14,7 +14,8 @@ from structlog.testing import capture_logs
 from agent.kernel import readahead
 from agent.kernel.errors import OwnedByOther, Refused
 from agent.kernel.readahead import ReadAhead, read_ahead
-from agent.kernel.tables import Kernel, KernelTable
+from agent.kernel.reading import KernelTable
+from agent.kernel.tables import Kernel
 from agent.loop import reader
 from lab.world import World
 from rules.diff import Elements

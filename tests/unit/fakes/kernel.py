@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
-from agent.kernel.tables import OWNED, Kernel, KernelTable
+from agent.kernel.reading import OWNED, KernelTable
+from agent.kernel.tables import Kernel
 from rules.diff import Elements
 from rules.language import Chain, Set, Table
 from rules.netlink.nftables import NFT_TABLE_F_PERSIST
