@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from agent.kernel import readahead
 from agent.kernel.errors import OwnedByOther, Refused
 from agent.kernel.readahead import ReadAhead, read_ahead
-from agent.kernel.reading import KernelTable
+from agent.kernel.reading import KernelTable, TableReader
 from agent.kernel.tables import Kernel
 from agent.loop import reader
 from lab.world import World
@@ -181,14 +181,14 @@ def test_a_commit_elsewhere_does_not_make_it_read_all_elements_again(
 ) -> None:
     """A start's own commits, by which it takes over its tables, are such."""
     families: list[int] = []
-    read = Kernel.read
+    read = TableReader.read
 
-    def read_during_commits(reading: Kernel, found: KernelTable) -> Elements:
+    def read_during_commits(reading: TableReader, found: KernelTable) -> Elements:
         families.append(found.family)
         put(world, OTHER, f"other-{len(families)}")
         return read(reading, found)
 
-    monkeypatch.setattr(Kernel, "read", read_during_commits)
+    monkeypatch.setattr(TableReader, "read", read_during_commits)
     ahead = begin(kernel)
     assert ahead
     wait(ahead)
