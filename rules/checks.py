@@ -22,6 +22,7 @@ from rules.objects import (
     MAX_ENDPOINTS_PER_SLICE,
     PROTOCOLS,
     PROXY_NAME_LABEL,
+    RANDOM_CHOICE,
     READY,
     SERVICE_NAME_LABEL,
     SERVING,
@@ -42,6 +43,7 @@ from rules.objects import (
     parse_network,
     parse_plain_ipv4,
 )
+from rules.weights import ALGORITHM_ANNOTATION, WEIGHTS_ANNOTATION, balancing, weighted_endpoints
 
 _T = TypeVar("_T")
 _P = TypeVar("_P", bound=tuple[Any, ...])
@@ -146,6 +148,9 @@ def service(shape: Any, metadata: Metadata) -> Service:
     external = problems.choice(
         "spec.externalTrafficPolicy", spec.external_traffic_policy, _POLICIES
     )
+    annotations = metadata.annotations
+    asks = ALGORITHM_ANNOTATION in annotations
+    chosen = balancing(annotations, problems) if asks else RANDOM_CHOICE
     return Service(
         name=Name(name.namespace, sys.intern(name.name)),  # its slices have the same string
         created=metadata.created,
@@ -168,6 +173,7 @@ def service(shape: Any, metadata: Metadata) -> Service:
         source_ranges=_source_ranges(spec, problems),
         health_check_node_port=_health_check_node_port(spec, problems),
         problems=tuple(problems),
+        balancing=chosen,
     )
 
 
@@ -258,6 +264,13 @@ def endpoint_slice(
             " split it into several slices"
         )
     owner = labels.get(SERVICE_NAME_LABEL)
+    annotations = metadata.annotations
+    weights = annotations.get(WEIGHTS_ANNOTATION)
+    endpoints = (
+        _endpoints(shapes, _PACKED_LENGTH[family], problems, conditions, hints) if family else ()
+    )
+    if weights is not None:
+        endpoints = weighted_endpoints(weights, endpoints, problems)
     return EndpointSlice(
         name=name,
         service=Name(name.namespace, sys.intern(owner)) if owner else None,
@@ -265,10 +278,8 @@ def endpoint_slice(
         headless=HEADLESS_LABEL in labels,
         family=family,
         ports=_slice_ports(ports, problems),
-        endpoints=_endpoints(shapes, _PACKED_LENGTH[family], problems, conditions, hints)
-        if family
-        else (),
-        triggered=metadata.annotations.get(TRIGGER_TIME_ANNOTATION, ""),
+        endpoints=endpoints,
+        triggered=annotations.get(TRIGGER_TIME_ANNOTATION, ""),
         problems=tuple(problems),
         created=sys.intern(metadata.created),
     )

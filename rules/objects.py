@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from enum import Enum
 from functools import lru_cache
 from socket import AF_INET, inet_pton
 from typing import NamedTuple
@@ -74,6 +75,30 @@ class ServicePort(msgspec.Struct, frozen=True):
     node_port: int
 
 
+class Algorithm(Enum):
+    """How an endpoint is chosen for a new connection."""
+
+    RANDOM = "random"
+    SOURCE_HASH = "source-hash"
+    WEIGHTED = "weighted"
+
+
+class Balancing(msgspec.Struct, frozen=True):
+    """A Service's algorithm and its weights (`rules.weights`).
+
+    `weights` are by packed address or pod name, `zone_weights` by zone; 0 drains. Both are empty
+    under RANDOM.
+    """
+
+    algorithm: Algorithm
+    weights: tuple[tuple[Address | str, int], ...] = ()
+    zone_weights: tuple[tuple[Address | str, int], ...] = ()
+
+
+RANDOM_CHOICE = Balancing(Algorithm.RANDOM)
+"""The balancing of a Service without annotations."""
+
+
 class Service(msgspec.Struct, frozen=True):
     """The fields of a Service that the data plane uses.
 
@@ -98,6 +123,7 @@ class Service(msgspec.Struct, frozen=True):
     source_ranges: tuple[Network, ...]
     health_check_node_port: int
     problems: tuple[str, ...] = ()
+    balancing: Balancing = RANDOM_CHOICE
 
     @property
     def age(self) -> tuple[str, Name]:
@@ -115,6 +141,18 @@ class Endpoint(msgspec.Struct, frozen=True, gc=False):
     node_hints: tuple[str, ...] = ()
     zone_hints: tuple[str, ...] = ()
     pod: str = ""
+
+
+class WeightedEndpoint(Endpoint, frozen=True, gc=False):
+    """An endpoint for which its slice has a weight (`rules.weights`). A class of its own, so that
+    endpoints without one need no memory for it."""
+
+    weight: int = 1
+
+    @classmethod
+    def of(cls, endpoint: Endpoint, weight: int) -> WeightedEndpoint:
+        """The endpoint with this weight."""
+        return cls(**msgspec.structs.asdict(endpoint), weight=weight)
 
 
 class SlicePort(NamedTuple):

@@ -25,12 +25,18 @@ def service_document(
     ports: Sequence[dict[str, Any]] = ({"name": "http", "port": 80},),
     created: str = CREATED,
     ingress: Sequence[dict[str, Any]] = (),
+    annotations: dict[str, str] | None = None,
     **spec: Any,
 ) -> dict[str, Any]:
     """`spec` takes the API's field names: type, externalIPs, sessionAffinity ..."""
     return {
         "kind": "Service",
-        "metadata": {"name": name, "namespace": namespace, "creationTimestamp": created},
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "creationTimestamp": created,
+            **({"annotations": annotations} if annotations else {}),
+        },
         "spec": {
             "clusterIP": cluster_ips[0],
             "clusterIPs": list(cluster_ips),
@@ -46,6 +52,14 @@ def service(name: str = "web", **fields: Any) -> Service:
     result = of(service_document(name, **fields))
     assert isinstance(result, Service)
     return result
+
+
+def balancing(
+    algorithm: str, *, weights: str | None = None, zone_weights: str | None = None
+) -> dict[str, str]:
+    """The annotations of a Service that asks for an algorithm."""
+    texts = {"algorithm": algorithm, "weights": weights, "zone-weights": zone_weights}
+    return {f"sliceproxy.io/{name}": text for name, text in texts.items() if text is not None}
 
 
 def endpoint(
@@ -84,6 +98,7 @@ def slice_document(
     ports: Sequence[dict[str, Any]] = ({"name": "http", "port": 8080},),
     family: str | None = None,
     created: str | None = CREATED,
+    annotations: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     if family is None:
         v6 = bool(endpoints) and ":" in endpoints[0]["addresses"][0]
@@ -95,6 +110,7 @@ def slice_document(
             "namespace": namespace,
             "labels": {"kubernetes.io/service-name": service},
             "creationTimestamp": created,
+            **({"annotations": annotations} if annotations else {}),
         },
         "addressType": family,
         "endpoints": list(endpoints),

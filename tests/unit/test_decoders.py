@@ -103,7 +103,19 @@ metadata = st.fixed_dictionaries(
         "labels": labels,
         "creationTimestamp": times,
         "deletionTimestamp": times,
-        "annotations": st.just({"endpoints.kubernetes.io/last-change-trigger-time": "now"}),
+        "annotations": st.fixed_dictionaries(
+            {},
+            optional={
+                "endpoints.kubernetes.io/last-change-trigger-time": st.just("now"),
+                "sliceproxy.io/algorithm": st.sampled_from(
+                    ("random", "source-hash", "weighted", "rr", "")
+                ),
+                "sliceproxy.io/weights": st.sampled_from(
+                    ("a=3,10.0.0.1=0", "a=1,a=2", "a=70000", "")
+                ),
+                "sliceproxy.io/zone-weights": st.sampled_from(("a=3, b=1", "a", "=1")),
+            },
+        ),
     },
 )
 hints = st.lists(st.fixed_dictionaries({"name": names}), max_size=2)
