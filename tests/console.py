@@ -4,8 +4,10 @@ The words behind the fence say where its commands work:
 
     ```console            in a checkout: tests/unit/test_docs.py runs them
     ```console root       as root: tests/kernel/test_docs.py runs them in a network namespace
-    ```console cluster    in a cluster or on a machine that they change: not run, but the flags of
-                          `sliceproxy` and the targets of `make` are checked
+    ```console machine    as root on a bare Debian, which they change: tools/follow-readme runs
+                          all of README.md
+    ```console cluster    in a cluster: not run, but the flags of `sliceproxy` and kubectl, the
+                          targets of `make` and the files that are named are checked
 
 A line that begins with `$ ` is a command; a backslash at its end continues it. The lines after it
 are its output, which must be equal; a line `...` matches any lines. Without output only success
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 LOOKS_LIKE_COMMANDS = re.compile(
     r"^(\$ |sudo |kubectl |make |sliceproxy |nft |docker |helm )", re.MULTILINE
 )
@@ -64,13 +66,15 @@ def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text()
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start()) + 1
-        yield Block(page, line, tuple(match[1].split()), match[2])
+        # inside a list everything is indented
+        text_inside = re.sub(rf"^{match[1]}", "", match[3], flags=re.MULTILINE)
+        yield Block(page, line, tuple(match[2].split()), text_inside)
 
 
 def console(*, where: str) -> list[Block]:
-    """The blocks whose commands work there: "", "root" or "cluster"."""
+    """The blocks whose commands work there: "", "root", "machine" or "cluster"."""
     found = [b for page in pages() for b in blocks(page) if b.words[:1] == ("console",)]
-    places = {"root", "cluster"}
+    places = {"root", "machine", "cluster"}
     return [b for b in found if ({where} if where else set()) == places & set(b.words)]
 
 
