@@ -1,7 +1,8 @@
 """deploy/: all ways to install give the same resources, and all of them are valid.
 
-The base as text needs nothing but this repository; kustomize's renderings need kubectl, the chart's
-the package helm-python-sdk (`pip install -e '.[helm]'`).
+The base as text needs nothing but this repository; its renderings need kubectl or kustomize
+(tools/need-test-tools has Debian 13's), the chart's the package helm-python-sdk
+(`pip install -e '.[helm]'`). Both are there in CI.
 """
 
 from __future__ import annotations
@@ -28,9 +29,21 @@ from tests.confinement import CONFINED
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-VERSIONS = ("1.33", "1.34", "1.35", "1.36")
+VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 OVERLAYS = ("kubeadm", "kubeadm-opt-in", "kind", "k3s")
-needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl (kustomize)")
+KUSTOMIZE = [
+    [program, verb]
+    for program, verb in (
+        ("kubectl", "kustomize"),
+        ("kustomize", "build"),
+        (str(ROOT / "build/trixie/usr/bin/kustomize"), "build"),
+    )
+    if shutil.which(program)
+]
+"""The first of these renders."""
+needs_kustomize = pytest.mark.skipif(
+    not KUSTOMIZE, reason="needs kubectl or kustomize (tools/need-test-tools)"
+)
 render_daemonset = runpy.run_path(str(ROOT / "tools" / "render-daemonset"))
 
 Document = dict[str, Any]
@@ -54,7 +67,7 @@ def one_file() -> Resources:
 
 @cache
 def _kustomized(directory: Path) -> str:
-    command = ["kubectl", "kustomize", str(directory)]
+    command = [*KUSTOMIZE[0], str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -77,11 +90,7 @@ def with_component(tmp_path: Path, *names: str) -> Resources:
                 }
             )
         )
-        done = subprocess.run(
-            ["kubectl", "kustomize", str(place)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return load(done.stdout)
+        return load(_kustomized(place))
     finally:
         shutil.rmtree(place)
 
@@ -137,7 +146,8 @@ def valid(resources: Resources) -> None:
                 with pytest.raises(SchemaNotFoundError):
                     kubernetes_validate.validate(document, version, strict=True)
             else:
-                kubernetes_validate.validate(document, version, strict=True)
+                used = kubernetes_validate.validate(document, version, strict=True)
+                assert used == version, "it takes an older schema where it has none"
 
 
 # --- one source -----------------------------------------------------------------------------------
@@ -148,7 +158,7 @@ def test_the_one_file_manifest_is_what_the_tool_writes() -> None:
     assert text == render_daemonset["render"](), "run tools/render-daemonset"
 
 
-@needs_kubectl
+@needs_kustomize
 def test_the_one_file_manifest_is_the_rendering_of_the_base() -> None:
     """But for the ConfigMap's name, which ends in a hash there, and the checksum, which does the
     same here."""
@@ -174,10 +184,23 @@ def test_every_place_has_the_version() -> None:
         assert set(re.findall(r"image: (\S+)", text)) == {f"sliceproxy:{__version__}"}
 
 
+def test_the_one_file_manifest_is_valid_for_kubernetes() -> None:
+    valid(one_file())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_versions_schema_refuses_a_field_that_does_not_exist(version: str) -> None:
+    wrong = daemon_set(one_file())
+    wrong["spec"]["template"]["spec"]["containers"][0]["livenessprobe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="livenessprobe") as refused:
+        kubernetes_validate.validate(wrong, version, strict=True)
+    assert refused.value.version == version
+
+
 # --- kustomize ------------------------------------------------------------------------------------
 
 
-@needs_kubectl
+@needs_kustomize
 @pytest.mark.parametrize(
     "name", ["base", "cleanup", "prepull", *(f"overlays/{o}" for o in OVERLAYS)]
 )
@@ -185,7 +208,7 @@ def test_valid_for_kubernetes(name: str) -> None:
     valid(kustomized(name))
 
 
-@needs_kubectl
+@needs_kustomize
 @pytest.mark.parametrize("name", ["base", "overlays/kind", "overlays/k3s"])
 def test_a_changed_configuration_rolls_out(name: str) -> None:
     """Its name is made of its content, and the DaemonSet names it."""
@@ -196,7 +219,7 @@ def test_a_changed_configuration_rolls_out(name: str) -> None:
     assert volume["configMap"]["name"] == config_map
 
 
-@needs_kubectl
+@needs_kustomize
 @pytest.mark.parametrize(
     ("name", "server"),
     [("kind", "https://kind-control-plane:6443"), ("k3s", "https://127.0.0.1:6444")],
@@ -217,7 +240,7 @@ def test_overlays_change_the_server_and_nothing_else(name: str, server: str) -> 
     assert without_server(changed) == without_server(base)
 
 
-@needs_kubectl
+@needs_kustomize
 def test_kubeadms_configuration_is_read_where_it_says() -> None:
     """With the ConfigMap as kubeadm writes it."""
     resources = kustomized("overlays/kubeadm")
@@ -234,7 +257,7 @@ def test_kubeadms_configuration_is_read_where_it_says() -> None:
     assert "kubeconfig.conf" in recorded["data"]
 
 
-@needs_kubectl
+@needs_kustomize
 def test_podmonitor_names_a_port_that_is_open(tmp_path: Path) -> None:
     resources = with_component(tmp_path, "podmonitor")
     valid(resources)
@@ -247,7 +270,7 @@ def test_podmonitor_names_a_port_that_is_open(tmp_path: Path) -> None:
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
 
-@needs_kubectl
+@needs_kustomize
 def test_events_are_the_only_right_to_write(tmp_path: Path) -> None:
     before = kustomized("base")["ClusterRole", "sliceproxy"]["rules"]
     resources = with_component(tmp_path, "events")
@@ -283,7 +306,7 @@ def kube_proxy_placement(name: str) -> list[Document]:
     return placement({("DaemonSet", "kube-proxy"): patch})
 
 
-@needs_kubectl
+@needs_kustomize
 @pytest.mark.parametrize(
     ("sliceproxy", "kube_proxy", "new_node_has"),
     [
@@ -304,7 +327,7 @@ def test_every_node_has_exactly_one_proxy(
         assert has[label or new_node_has]
 
 
-@needs_kubectl
+@needs_kustomize
 def test_between_the_two_steps_of_the_flip_no_node_has_no_proxy() -> None:
     """sliceproxy's placement changes first."""
     for label in LABELS:
@@ -313,7 +336,7 @@ def test_between_the_two_steps_of_the_flip_no_node_has_no_proxy() -> None:
         )
 
 
-@needs_kubectl
+@needs_kustomize
 @pytest.mark.parametrize("sliceproxy", ["base", "overlays/kubeadm-opt-in"])
 @pytest.mark.parametrize("kube_proxy", ["opt-in", "opt-out"])
 def test_cleanup_runs_only_where_kube_proxy_is_and_sliceproxy_is_not(
@@ -387,7 +410,7 @@ def test_every_value_renders_to_something_valid(
     valid(chart(values.pop("namespace", "kube-system"), **values))
 
 
-@needs_kubectl
+@needs_kustomize
 def test_the_charts_options_are_kustomizes(chart: Callable[..., Resources], tmp_path: Path) -> None:
     """opt-in, podmonitor and events are the same change in both."""
     ours = chart(placement="opt-in", podMonitor={"enabled": True}, events={"enabled": True})
