@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import queue
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -434,9 +434,11 @@ class Loop:
         if len(names) > MAX_EDGE_LINES:
             self._log.info("more_endpoint_changes", count=len(names) - MAX_EDGE_LINES)
 
-    def _forget_clients(self, families: Iterable[int]) -> None:
+    def _forget_clients(self, families: Collection[int]) -> None:
         """Has the affinity map read, to delete from it the clients of endpoints that were
         removed. `_judge_clients` does it, some at a time."""
+        if not families:
+            return
         for table in self.state.tables():
             if table.family in families and any(s.dynamic for s in table.sets):
                 self._reading += 1

@@ -257,9 +257,18 @@ def _verdicts(claim: Claim, installed: Installed) -> Iterator[SetElement]:
         )
 
 
+def _balancing(installed: Installed) -> tuple[object, ...]:
+    """What the verdicts of a claim depend on."""
+    wanted = installed.wanted
+    inside = wanted.inside is not None
+    return installed.width, inside, installed.inside_width, wanted.style, wanted.sticky
+
+
 def _advance_verdicts(
     claim: Claim, before: Installed | None, after: Installed | None, change: Change
 ) -> None:
+    if before and after and _balancing(before) == _balancing(after):
+        return
     had = set(_verdicts(claim, before)) if before else set()
     wants = set(_verdicts(claim, after)) if after else set()
     for element in had - wants:

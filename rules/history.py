@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import NamedTuple
 
 import msgspec
@@ -146,7 +147,7 @@ def _of_slice(before: EndpointSlice | None, after: EndpointSlice | None) -> Iter
     piece = after or before
     if piece is None:
         return
-    had, has = _by_address(before), _by_address(after)
+    had, has = _differing_endpoints(before, after)
     common: dict[str, object] = {"service": str(piece.service)}
     if after:
         common["triggered"] = after.triggered
@@ -168,8 +169,14 @@ def _of_slice(before: EndpointSlice | None, after: EndpointSlice | None) -> Iter
         yield "endpoint_changed", {**common, "reason": f"and {more} more endpoints of this slice"}
 
 
-def _by_address(piece: EndpointSlice | None) -> dict[Address, Endpoint]:
-    return {endpoint.address: endpoint for endpoint in piece.endpoints} if piece else {}
+def _differing_endpoints(
+    before: EndpointSlice | None, after: EndpointSlice | None
+) -> tuple[dict[Address, Endpoint], dict[Address, Endpoint]]:
+    """The endpoints of both versions by address, without those that are equal at equal places:
+    most of them, where one endpoint of many has changed."""
+    old, new = (piece.endpoints if piece else () for piece in (before, after))
+    both = [pair for pair in zip_longest(old, new) if pair[0] != pair[1]]
+    return {a.address: a for a, _ in both if a}, {b.address: b for _, b in both if b}
 
 
 def _of_endpoint(

@@ -153,21 +153,19 @@ class Set:
     size: int = 0
     comment: str = ""
     counted: bool = False
+    key_length: int = field(init=False)
+    """Bytes of a key as elements hold it. A lone field is not padded."""
+    data_length: int = field(init=False)
+    """Bytes of an element's data; 0 for sets and verdict maps."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key_length", _length(self.key))
+        object.__setattr__(self, "data_length", _length(self.data))
 
     @property
     def is_map(self) -> bool:
         """Whether elements have data."""
         return bool(self.data) or self.verdicts
-
-    @property
-    def key_length(self) -> int:
-        """Bytes of a key as elements hold it. A lone field is not padded."""
-        return _length(self.key)
-
-    @property
-    def data_length(self) -> int:
-        """Bytes of an element's data; 0 for sets and verdict maps."""
-        return _length(self.data)
 
     def room(self, count: int) -> int:
         """The size to make the set with if it is to hold `count` elements at once; 0 for none.

@@ -121,7 +121,7 @@ def cluster_list(found: Mapping[Target, Endpoint], place: NodeLocation) -> Selec
         hinted = tuple(t for t, e in ready if place.zone in e.zone_hints)
         if hinted:
             return Selection(Basis.ZONE_HINTS, hinted)
-    return Selection(Basis.READY, tuple(t for t, _ in ready))
+    return Selection(Basis.READY, tuple([t for t, _ in ready]))  # a generator takes a call for each
 
 
 def local_list(found: Mapping[Target, Endpoint], place: NodeLocation) -> Selection:

@@ -91,6 +91,8 @@ def assign(before: Slots, wanted: Sequence[Target]) -> Slots:
 
 def _dense(slots: list[Target | None]) -> Slots:
     """Fills each hole with the last endpoint behind it."""
+    if None not in slots:
+        return tuple(slots)  # type: ignore[arg-type]
     filled = slots
     for hole in range(len(filled)):
         if hole >= len(filled):

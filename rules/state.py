@@ -127,6 +127,7 @@ class State:
         self._around = self.local.surroundings()
         self._node_problems = NodeProblems(self.local, self.problems)
         self._tables: dict[int, Table] = {}
+        self._layouts_changed = True  # what `_layout` depends on may be another than at `_tables`
 
     @cached_property
     def _slice_owner(self) -> dict[Name, Name]:
@@ -278,7 +279,7 @@ class State:
         for claim in self._reprogram_dirty(change):
             advance(claim, *self._install(claim, shared), change, shared)
         self._advance_node(change)
-        return Transaction(tuple(self._advance_tables()), change)
+        return Transaction(self._advance_tables() if self._layouts_changed else (), change)
 
     def resync(self, read: Callable[[Table], KernelView | None]) -> Transaction:
         """The transaction that makes the kernel right.
@@ -295,7 +296,7 @@ class State:
             for claim in touched:
                 advance(claim, *self._install(claim, shared), change, shared)
             self.element_counts = {owner: len(items) for owner, items in change.added.items()}
-            return Transaction(tuple(self._advance_tables()), change)
+            return Transaction(self._advance_tables(), change)
         lists: dict[Claim, Lists] = {}
         for family, view in views.items():
             lists.update(restored(family, view.elements))
@@ -354,12 +355,15 @@ class State:
         counters = self.options.counters
         return Layout(family, self.options.mark, pods, tuple(seconds), guarded, counters)
 
-    def _advance_tables(self) -> Iterator[TableChange]:
+    def _advance_tables(self) -> tuple[TableChange, ...]:
+        changes = []
         for family in FAMILIES:
             table, before = build(self._layout(family)), self._tables.get(family)
             if table is not before:
-                yield table_change(table, TableContents.of(before) if before else None)
+                changes.append(table_change(table, TableContents.of(before) if before else None))
                 self._tables[family] = table
+        self._layouts_changed = False
+        return tuple(changes)
 
     def _advance_node(self, change: Change) -> None:
         if not self.local.changed:
@@ -393,6 +397,7 @@ class State:
         """
         touched: set[Claim] = set()
         if self.local.changed:
+            self._layouts_changed = True
             around = self.local.surroundings()
             if around != self._around:
                 self._around = around
@@ -425,12 +430,15 @@ class State:
         new = program(service, slices, self._around) if service else NOTHING
         old = self.programs.get(name, NOTHING)
         self._observe(name, service, slices, old, new)
-        old_shared, new_shared = {*old.shared}, {*new.shared}
-        for element in new_shared ^ old_shared:
-            counted.setdefault(element, self._counts[element] > 0)
-            self._counts[element] += 1 if element in new_shared else -1
-        _count(self._affinity, old.affinity, new.affinity)
-        _count(self._guarded, old.guarded, new.guarded)
+        if old.shared != new.shared:
+            old_shared, new_shared = {*old.shared}, {*new.shared}
+            for element in new_shared ^ old_shared:
+                counted.setdefault(element, self._counts[element] > 0)
+                self._counts[element] += 1 if element in new_shared else -1
+        if old.affinity != new.affinity or old.guarded != new.guarded:
+            _count(self._affinity, old.affinity, new.affinity)
+            _count(self._guarded, old.guarded, new.guarded)
+            self._layouts_changed = True
         if new is NOTHING:
             self.programs.pop(name, None)
         else:

@@ -208,6 +208,8 @@ class Metrics(Recorder):
         self._begun = time.time()
         self._started = False
         self._services = self._endpoints = 0
+        self._lacking: dict[tuple[int, str], int] = {}
+        self._queued_at = 0.0
         self._arrivals: list[float] = []
         self._triggers: list[tuple[int, float]] = []
         self._heartbeat = heartbeat or Heartbeat()
@@ -268,13 +270,13 @@ class Metrics(Recorder):
         )
         for child in _by_family(last).values():
             child.set_function(lambda: self._heartbeat.synced_at() or 0.0)
-        self._last_queued = _by_family(
-            self._gauge(
-                f"{_SYNC}last_queued_timestamp_seconds",
-                "The last time a sync of proxy rules was queued",
-                "ip_family",
-            )
+        queued = self._gauge(
+            f"{_SYNC}last_queued_timestamp_seconds",
+            "The last time a sync of proxy rules was queued",
+            "ip_family",
         )
+        for child in _by_family(queued).values():
+            child.set_function(lambda: self._queued_at)
         self._failures = _by_family(
             self._counter(
                 f"{_SYNC}nftables_sync_failures_total",
@@ -289,10 +291,12 @@ class Metrics(Recorder):
             self._counter(f"{_SYNC}{kind}_changes_total", f"Cumulative proxy rules {name} changes")
             for kind, name in kinds
         )
-        self._services_pending, self._endpoints_pending = (
+        services_pending, endpoints_pending = (
             self._gauge(f"{_SYNC}{kind}_changes_pending", f"Pending proxy rules {name} changes")
             for kind, name in kinds
         )
+        services_pending.set_function(lambda: self._services)
+        endpoints_pending.set_function(lambda: self._endpoints)
         self._no_local = self._gauge(
             f"{_SYNC}no_local_endpoints_total",
             "Number of services with a Local traffic policy and no endpoints",
@@ -420,13 +424,11 @@ class Metrics(Recorder):
             self._arrivals.append(at)
         self._services += services
         self._endpoints += endpoints
-        self._service_changes.inc(services)
-        self._endpoint_changes.inc(endpoints)
-        self._services_pending.set(self._services)
-        self._endpoints_pending.set(self._endpoints)
-        now = time.time()
-        for gauge in self._last_queued.values():
-            gauge.set(now)
+        if services:
+            self._service_changes.inc(services)
+        if endpoints:
+            self._endpoint_changes.inc(endpoints)
+        self._queued_at = time.time()
 
     def _trigger(self, piece: EndpointSlice) -> None:
         """Notes when the change that a slice reports happened, unless that was before this process
@@ -486,8 +488,6 @@ class Metrics(Recorder):
         self._arrivals.clear()
         self._triggers.clear()
         self._services = self._endpoints = 0
-        self._services_pending.set(0)
-        self._endpoints_pending.set(0)
 
     def tables_changed(self, tables: Iterable[Table]) -> None:
         """See Recorder."""
@@ -504,8 +504,11 @@ class Metrics(Recorder):
 
     def local_endpoints_missing(self, counts: Mapping[tuple[int, str], int]) -> None:
         """See Recorder."""
-        for family, policy in itertools.product(IP_FAMILY, ("internal", "external")):
-            self._no_local.labels(IP_FAMILY[family], policy).set(counts.get((family, policy), 0))
+        if counts != self._lacking:
+            self._lacking = dict(counts)
+            for family, policy in itertools.product(IP_FAMILY, ("internal", "external")):
+                number = counts.get((family, policy), 0)
+                self._no_local.labels(IP_FAMILY[family], policy).set(number)
 
     def problems_open(self, counts: Mapping[str, int]) -> None:
         """See Recorder."""

@@ -6,6 +6,7 @@ The kernel applies all of it or nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from rules.language import Chain, Set
@@ -203,7 +204,7 @@ class Batch:
     def _elements(
         self, kind: int, flags: int, table: str, owner: Set, encoded: list[bytes]
     ) -> None:
-        head = string(NFTA_SET_ELEM_LIST_TABLE, table) + string(NFTA_SET_ELEM_LIST_SET, owner.name)
+        head = _elements_of(table, owner.name)
         step = max(1, _MAX_NEST // max(map(len, encoded), default=1))
         for start in range(0, len(encoded), step):
             body = head + nest(NFTA_SET_ELEM_LIST_ELEMENTS, *encoded[start : start + step])
@@ -211,6 +212,12 @@ class Batch:
 
 
 _BATCH = NFGENMSG.pack(0, 0, NFNL_SUBSYS_NFTABLES)
+
+
+@cache
+def _elements_of(table: str, name: str) -> bytes:
+    """The attributes that name a set."""
+    return string(NFTA_SET_ELEM_LIST_TABLE, table) + string(NFTA_SET_ELEM_LIST_SET, name)
 
 
 def chain_body(table: str, chain: Chain) -> bytes:

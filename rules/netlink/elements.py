@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 from rules.language import Set
 from rules.netlink.attributes import Malformed, attribute, attributes, integer, nest, text, u32
@@ -41,18 +42,29 @@ def encode_elements(owner: Set, elements: Iterable[Element]) -> list[bytes]:
     """Each element as a list attribute, ready to be joined."""
     if owner.interval:
         return [part for e in elements for part in _encode_range(owner, e)]
-    length = owner.key_length
     if owner.verdicts:
-        parts = _Verdicts(length)
+        parts = _Verdicts(owner.key_length)
         return [key.join(parts[value]) for key, value in elements if isinstance(value, str)]
-    padding = bytes(-length % 4)
     if not owner.data:
-        head = _element(_key(bytes(length)))[:_KEY_START]
-        return [head + key + padding for key, _ in elements]
+        return encode_keys(owner, elements)
+    head, middle = _around_key_and_data(owner)
+    return [head + key + middle + value for key, value in elements if isinstance(value, bytes)]
+
+
+@cache
+def _around_key(owner: Set) -> tuple[bytes, bytes]:
+    """The bytes before and behind the key in an element that has nothing else."""
+    length = owner.key_length
+    return _element(_key(bytes(length)))[:_KEY_START], bytes(-length % 4)
+
+
+@cache
+def _around_key_and_data(owner: Set) -> tuple[bytes, bytes]:
+    """The bytes before the key, and between it and the data, which ends the element."""
+    length = owner.key_length
     data = nest(NFTA_SET_ELEM_DATA, attribute(NFTA_DATA_VALUE, bytes(owner.data_length)))
     empty = _element(_key(bytes(length)), data)
-    head, middle = empty[:_KEY_START], empty[_KEY_START + length : _KEY_START + length + 8]
-    return [head + key + middle + value for key, value in elements if isinstance(value, bytes)]
+    return empty[:_KEY_START], empty[_KEY_START + length : _KEY_START + length + 8]
 
 
 class _Verdicts(dict[str, tuple[bytes, bytes]]):
@@ -73,8 +85,7 @@ def encode_keys(owner: Set, elements: Iterable[Element]) -> list[bytes]:
     """The keys of elements, each as a list attribute: as a deletion needs them."""
     if owner.interval:
         return [part for e in elements for part in _encode_range(owner, e)]
-    head = _element(_key(bytes(owner.key_length)))[:_KEY_START]
-    padding = bytes(-owner.key_length % 4)
+    head, padding = _around_key(owner)
     return [head + key + padding for key, _ in elements]
 
 
