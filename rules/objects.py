@@ -18,7 +18,7 @@ import ipaddress
 import re
 from enum import Enum
 from functools import lru_cache
-from socket import AF_INET, inet_ntoa, inet_pton
+from socket import AF_INET, inet_pton
 from typing import NamedTuple
 
 import msgspec
@@ -278,5 +278,5 @@ def parse_network(text: str) -> Network:
 def address_text(address: Address) -> str:
     """The usual text of a packed address."""
     if len(address) == 4:
-        return inet_ntoa(address)  # in history, once for each endpoint that changes
+        return ".".join(map(str, address))  # a tenth of the time, for history
     return str(ipaddress.ip_address(address))
