@@ -35,8 +35,8 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
-from types import TracebackType
 
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
 from pyroute2.netlink.nfnetlink.nfctsocket import (
@@ -46,8 +46,8 @@ from pyroute2.netlink.nfnetlink.nfctsocket import (
     nfct_msg,
 )
 
-from agent.kernel.errors import ConntrackError
-from agent.kernel.socket import Interrupted, NetlinkSocket
+from agent.kernel.errors import ConntrackError, raised_as
+from agent.kernel.socket import Closing, Interrupted, NetlinkSocket
 from rules.netlink.attributes import (
     NLA_F_NESTED,
     Fields,
@@ -92,7 +92,7 @@ _GONE = (errno.ENOENT, errno.EBUSY)
 _UNFILTERED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
-class Conntrack:
+class Conntrack(Closing):
     """A connection to conntrack in this network namespace. Use it as a context manager.
 
     Its methods raise ConntrackError. It has one socket for dumps and one for deletions, so that
@@ -106,17 +106,6 @@ class Conntrack:
         except ConntrackError:
             self._reading.close()
             raise
-
-    def __enter__(self) -> Conntrack:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the connection."""
@@ -159,27 +148,20 @@ class Conntrack:
         return deleted
 
     def _dump(self, content: bytes) -> Iterator[Flow]:
-        try:
+        # a dump is interrupted often: entries appear and end all the time
+        with raised_as(ConntrackError, "reading conntrack"), suppress(Interrupted):
             for data, start, end in self._reading.ask(_GET, content, NLM_F_DUMP):
                 flow = decode(data, start, end)
                 if flow is not None:
                     yield flow
-        except Malformed as error:
-            raise ConntrackError(errno.EBADMSG, "reading conntrack", str(error)) from None
-        except Interrupted:  # entries appear and end all the time
-            return
-        except OSError as error:
-            raise ConntrackError(error.errno or errno.EIO, "reading conntrack") from None
 
     def _delete(self, flows: list[Flow]) -> int:
         """Errors are answered for single flows; the last message is acknowledged in any case."""
         first = self._deleting.number(len(flows))
         requests = [delete_request(f, first + index) for index, f in enumerate(flows[:-1])]
         requests.append(delete_request(flows[-1], first + len(flows) - 1, NLM_F_ACK))
-        try:
+        with raised_as(ConntrackError, "deleting conntrack entries"):
             failures = self._deleting.transact(b"".join(requests), first, len(flows))
-        except OSError as error:
-            raise ConntrackError(error.errno or errno.EIO, "deleting conntrack entries") from None
         for failure in failures:
             if failure.errno not in _GONE:
                 raise ConntrackError(failure.errno, "deleting a conntrack entry", failure.detail)
@@ -187,10 +169,8 @@ class Conntrack:
 
 
 def _open() -> NetlinkSocket:
-    try:
+    with raised_as(ConntrackError, "conntrack"):
         return NetlinkSocket()
-    except OSError as error:
-        raise ConntrackError(error.errno or errno.EIO, "conntrack") from None
 
 
 def filters_of(claims: Iterable[Claim], family: int) -> list[FlowFilter | None]:

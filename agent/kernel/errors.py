@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rules.netlink.attributes import Malformed
 
 
 class KernelError(Exception):
@@ -84,6 +88,19 @@ _CONNTRACK = {
     errno.EOPNOTSUPP: _MODULE,
     errno.EPROTONOSUPPORT: "The kernel needs nfnetlink and nf_conntrack_netlink.",
 }
+
+
+@contextmanager
+def raised_as(kind: type[KernelError], subject: str) -> Iterator[None]:
+    """Raises OSError and Malformed (as EBADMSG) as an error of this kind."""
+    try:
+        yield
+    except Malformed as error:
+        raise kind(errno.EBADMSG, subject, str(error)) from None
+    except OSError as error:
+        raise kind(error.errno or errno.EIO, subject, error.strerror or "") from None
+
+
 _STALE = {errno.ENOENT, errno.EEXIST, errno.EBUSY, errno.ERESTART, errno.ENOTEMPTY}
 
 

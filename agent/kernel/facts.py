@@ -15,11 +15,8 @@ from agent.kernel import kube_proxy
 from agent.kernel.addresses import read
 from agent.kernel.errors import KernelError
 from agent.kernel.reading import TableReader
-from agent.kernel.socket import Interrupted, NetlinkSocket
 from rules.doctor import BaseChain, Facts, Interface, program_of
 from rules.netlink.attributes import attributes, fields, integer, text
-from rules.netlink.batch import content, nft_type
-from rules.netlink.messages import NLM_F_DUMP
 from rules.netlink.nftables import (
     NF_DROP,
     NFT_MSG_GETCHAIN,
@@ -50,8 +47,6 @@ _PROC = Path("/proc/thread-self/net")
 """Not /proc/net: that is the namespace of the process's first thread."""
 _NFPROTO_NAMES = {1: "inet", 2: "ip", 5: "netdev", 7: "bridge", 10: "ip6"}
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
-_DUMPS = 5
-"""Tries of a dump that meets changes, before it counts as unreadable."""
 
 
 def collect() -> Facts:
@@ -63,7 +58,7 @@ def collect() -> Facts:
             info[1] is not None for family in (4, 6) if (info := kernel.info(family)) is not None
         )
         leftovers = tuple(kube_proxy.find(kernel))
-    with suppress(KernelError, OSError):
+    with suppress(KernelError):
         chains = tuple(base_chains())
     addresses: tuple[str, ...] = ()
     with suppress(OSError), IPRoute() as route:
@@ -172,11 +167,11 @@ def conntrack() -> tuple[int, int, int] | None:
 def base_chains() -> Iterator[BaseChain]:
     """The base chains of all tables but ours, with what drops packets in them.
 
-    Raises OSError.
+    Raises KernelError.
     """
-    with NetlinkSocket() as socket:
-        chains = _dump(socket, NFT_MSG_GETCHAIN)
-        rules = _dump(socket, NFT_MSG_GETRULE)
+    with TableReader() as reader:
+        chains = reader.dump_all(NFT_MSG_GETCHAIN)
+        rules = reader.dump_all(NFT_MSG_GETRULE)
     names: dict[tuple[int, str], set[str]] = {}
     for number, body in chains:
         chain = fields(body)
@@ -205,17 +200,6 @@ def base_chains() -> Iterator[BaseChain]:
             " and ".join(dict.fromkeys(drops)),
             program_of(table, names[number, table]),
         )
-
-
-def _dump(socket: NetlinkSocket, kind: int) -> list[tuple[int, bytes]]:
-    """Family number (NFPROTO_*) and body of each answer, of all families."""
-    for _ in range(_DUMPS):
-        with suppress(Interrupted):
-            return [
-                (data[start], data[start + 4 : end])
-                for data, start, end in socket.ask(nft_type(kind), content(0, b""), NLM_F_DUMP)
-            ]
-    raise Interrupted
 
 
 def _dropping(rules: Iterable[tuple[int, bytes]]) -> dict[tuple[int, str, str], list[str]]:

@@ -11,23 +11,20 @@ one that was refused or dropped is not reported: there is none.
 
 from __future__ import annotations
 
-import errno
 import select
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
 from pyroute2.netlink.nfnetlink.nfctsocket import IPCTNL_MSG_CT_NEW
 
 from agent.kernel.conntrack import CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, tuple_of
-from agent.kernel.errors import ConntrackError
-from agent.kernel.socket import NetlinkSocket, parsed
+from agent.kernel.errors import ConntrackError, raised_as
+from agent.kernel.socket import Closing, NetlinkSocket, Overflow, parsed
 from rules.flow_report import Lost, NewConnection
-from rules.netlink.attributes import Malformed, fields
+from rules.netlink.attributes import fields
 from rules.netlink.messages import NFGENMSG
 from rules.objects import PROTOCOL_NAMES
 
@@ -38,29 +35,20 @@ _SOCKETS = Path("/proc/thread-self/net/netlink")
 """Of this thread's network namespace; /proc/net is that of the first thread."""
 
 
-class FlowWatch:
+class FlowWatch(Closing):
     """Listens to new connections in this network namespace, from its creation on.
 
     Use it as a context manager. Raises ConntrackError.
     """
 
     def __init__(self) -> None:
-        try:
+        with raised_as(ConntrackError, "listening to conntrack"):
             self._socket = NetlinkSocket()
             self._socket.join(NFNLGRP_CONNTRACK_NEW)
-        except OSError as error:
-            raise ConntrackError(error.errno or errno.EIO, "listening to conntrack") from None
         self._dropped = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Stops listening."""
         self._socket.close()
 
     def events(self, seconds: float | None = None) -> Iterator[NewConnection | Lost]:
@@ -81,17 +69,15 @@ class FlowWatch:
             yield from self._receive()
 
     def _receive(self) -> Iterator[NewConnection | Lost]:
-        try:
-            data = self._socket.receive()
+        with raised_as(ConntrackError, "reading conntrack"):
+            try:
+                data = self._socket.receive()
+            except Overflow:
+                yield Lost(self._lost())
+                return
             for kind, _, _, start, end in parsed(data):
                 if kind == _NEW and (found := decode(data[start:end])):
                     yield found
-        except Malformed as error:
-            raise ConntrackError(errno.EBADMSG, "reading conntrack", str(error)) from None
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise ConntrackError(error.errno or errno.EIO, "reading conntrack") from None
-            yield Lost(self._lost())
 
     def _lost(self) -> int:
         """How many messages the socket has lost since the last call; at least 1."""

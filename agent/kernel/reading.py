@@ -10,16 +10,14 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import NamedTuple, Self
+from contextlib import suppress
+from typing import NamedTuple
 
-from agent.kernel.errors import Refused, Stale, nf_tables_error
-from agent.kernel.socket import Interrupted, NetlinkSocket
+from agent.kernel.errors import Refused, Stale, nf_tables_error, raised_as
+from agent.kernel.socket import Closing, Interrupted, NetlinkSocket
 from rules.diff import Elements
 from rules.language import Chain, Set, Table
 from rules.netlink.attributes import (
-    Malformed,
     attributes,
     fields,
     includes,
@@ -32,7 +30,7 @@ from rules.netlink.batch import chain_body, content, nft_type
 from rules.netlink.counters import Count, decode_counts
 from rules.netlink.elements import decode_elements, encode_keys, join_ranges
 from rules.netlink.expressions import rule_body
-from rules.netlink.messages import NLM_F_DUMP
+from rules.netlink.messages import NFGENMSG, NLM_F_DUMP
 from rules.netlink.nftables import (
     NFT_MSG_GETCHAIN,
     NFT_MSG_GETGEN,
@@ -69,6 +67,7 @@ from rules.transaction import TableContents
 OWNED = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST
 """The flags of a table that belongs to a socket and outlives it."""
 
+_SUBJECT = "reading the tables"
 _READ_TRIES, _ELEMENT_TRIES = 10, 3
 _GROWING_TRIES, _GROWING_PAUSE = 5, 0.05
 _SINGLE_COUNTS = 32  # up to so many counters are read one by one, 10 us each
@@ -145,7 +144,7 @@ class ReadBack(NamedTuple):
     elements: Elements
 
 
-class TableReader:
+class TableReader(Closing):
     """A connection that reads nf_tables in this network namespace. Use it as a context manager.
 
     `connect` makes its socket. All errors are KernelErrors; without CAP_NET_ADMIN each request
@@ -153,21 +152,8 @@ class TableReader:
     """
 
     def __init__(self, connect: Callable[[], NetlinkSocket] = NetlinkSocket) -> None:
-        try:
+        with raised_as(Refused, "a netlink socket to netfilter"):
             self._socket = connect()
-        except OSError as error:
-            raise Refused(error.errno or errno.EIO, "a netlink socket to netfilter") from None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the connection."""
@@ -182,7 +168,7 @@ class TableReader:
 
     def generation(self) -> int:
         """The number of the ruleset's generation in this namespace."""
-        for body in self._ask(NFT_MSG_GETGEN, 0, b"", 0):
+        for _, body in self._ask(NFT_MSG_GETGEN, 0, b"", 0):
             return integer(fields(body).get(NFTA_GEN_ID, b""))
         return 0
 
@@ -214,7 +200,7 @@ class TableReader:
         info = self.info(family)
         if info is None:
             return None
-        with _well_formed():
+        with raised_as(Refused, _SUBJECT):
             return self._find(family, *info)
 
     def _find(self, family: int, flags: int, owner: int | None) -> KernelTable:
@@ -235,7 +221,7 @@ class TableReader:
     def info(self, family: int) -> tuple[int, int | None] | None:
         """Flags and owner of the table, None if it does not exist."""
         tables = self.dump(NFT_MSG_GETTABLE, family)
-        with _well_formed():
+        with raised_as(Refused, _SUBJECT):
             for table in map(fields, tables):
                 if text(table[NFTA_TABLE_NAME]) == TABLE:
                     flags = integer(table.get(NFTA_TABLE_FLAGS, b""))
@@ -257,7 +243,7 @@ class TableReader:
     def set_names(self, family: int) -> frozenset[str]:
         """The names of the sets of our table; none if there is no table."""
         bodies = self.dump(NFT_MSG_GETSET, family, string(NFTA_SET_TABLE, TABLE))
-        with _well_formed():
+        with raised_as(Refused, _SUBJECT):
             return frozenset(text(fields(body)[NFTA_SET_NAME]) for body in bodies)
 
     # elements
@@ -270,7 +256,7 @@ class TableReader:
             if error.errno == errno.ENOENT:
                 return None
             raise
-        with _well_formed():
+        with raised_as(Refused, _SUBJECT):
             for payload in _lists(bodies):
                 return next(decode_elements(owner, payload), None)
         return None
@@ -282,7 +268,7 @@ class TableReader:
         found: dict[Key, Value] = {}
         in_pairs = owner.interval and len(owner.key) == 1
         add = ranges.extend if in_pairs else found.update
-        with _well_formed():
+        with raised_as(Refused, _SUBJECT):
             for payload in _lists(bodies):
                 add(decode_elements(owner, payload))
         return join_ranges(ranges) if in_pairs else found
@@ -346,6 +332,13 @@ class TableReader:
 
         It is repeated if the ruleset changed while it ran. Raises Stale if it always does.
         """
+        return [answer for _, answer in self._complete(kind, family, body)]
+
+    def dump_all(self, kind: int) -> list[tuple[int, bytes]]:
+        """As `dump`, of all families: the family (NFPROTO_*) and the body of each answer."""
+        return self._complete(kind, 0, b"")
+
+    def _complete(self, kind: int, family: int, body: bytes) -> list[tuple[int, bytes]]:
         for _ in range(_READ_TRIES):
             answers, complete = self._dump(kind, family, body)
             if complete:
@@ -360,35 +353,35 @@ class TableReader:
         prevent reading.
         """
         for _ in range(_ELEMENT_TRIES):
-            bodies, complete = self._dump(NFT_MSG_GETSETELEM, owner.family, _list_head(owner))
+            answers, complete = self._dump(NFT_MSG_GETSETELEM, owner.family, _list_head(owner))
             if complete:
                 break
-        return bodies
+        return [body for _, body in answers]
 
     def _single(self, owner: Set, encoded: bytes) -> list[bytes]:
         """The answer with one element, by its encoded key. Raises Stale (ENOENT) without it."""
         request = _list_head(owner) + nest(NFTA_SET_ELEM_LIST_ELEMENTS, encoded)
-        return list(self._ask(NFT_MSG_GETSETELEM, owner.family, request, 0))
+        return [body for _, body in self._ask(NFT_MSG_GETSETELEM, owner.family, request, 0)]
 
-    def _dump(self, kind: int, family: int, body: bytes) -> tuple[list[bytes], bool]:
+    def _dump(self, kind: int, family: int, body: bytes) -> tuple[list[tuple[int, bytes]], bool]:
         """The answers to one dump, and whether no commit interrupted it."""
-        answers: list[bytes] = []
+        answers: list[tuple[int, bytes]] = []
         try:
             answers.extend(self._ask(kind, family, body, NLM_F_DUMP))
         except Interrupted:
             return answers, False
         return answers, True
 
-    def _ask(self, kind: int, family: int, body: bytes, flags: int) -> Iterator[bytes]:
+    def _ask(self, kind: int, family: int, body: bytes, flags: int) -> Iterator[tuple[int, bytes]]:
+        """Family (NFPROTO_*) and body of each answer to a request."""
         try:
             for data, start, end in self._socket.ask(nft_type(kind), content(family, body), flags):
-                yield data[start + 4 : end]
+                yield data[start], data[start + NFGENMSG.size : end]
         except Interrupted:
             raise
         except OSError as error:
             detail = error.strerror or str(error)
-            code = error.errno or errno.EIO
-            raise nf_tables_error(code, "reading the tables", detail) from None
+            raise nf_tables_error(error.errno or errno.EIO, _SUBJECT, detail) from None
 
 
 def _list_head(owner: Set) -> bytes:
@@ -408,20 +401,11 @@ def _lists(bodies: list[bytes]) -> Iterator[bytes]:
 
 def _counts(owner: Set, bodies: list[bytes]) -> dict[Key, Count]:
     found: dict[Key, Count] = {}
-    with _well_formed():
+    with raised_as(Refused, _SUBJECT):
         for payload in _lists(bodies):
             found.update(decode_counts(owner, payload))
     return found
 
 
 def _changing() -> Stale:
-    return Stale(errno.EAGAIN, "reading the tables", "they change faster than they can be read")
-
-
-@contextmanager
-def _well_formed() -> Iterator[None]:
-    """Reports bytes that cannot be decoded as Refused (EBADMSG)."""
-    try:
-        yield
-    except Malformed as error:
-        raise Refused(errno.EBADMSG, "reading the tables", str(error)) from None
+    return Stale(errno.EAGAIN, _SUBJECT, "they change faster than they can be read")

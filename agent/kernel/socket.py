@@ -15,7 +15,6 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from rules.netlink.attributes import Malformed
@@ -48,6 +47,13 @@ class Interrupted(OSError):
         super().__init__(errno.EINTR, "changed while it was read")
 
 
+class Overflow(OSError):
+    """The receive buffer was full: messages have been lost. Reported once for each time."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+
 class Failure(NamedTuple):
     """An error for one message of a batch: its position, and the errno with the kernel's words."""
 
@@ -56,7 +62,21 @@ class Failure(NamedTuple):
     detail: str
 
 
-class NetlinkSocket:
+class Closing:
+    """A context manager that closes itself. Subclasses implement `close`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases what it holds."""
+        raise NotImplementedError
+
+
+class NetlinkSocket(Closing):
     """A netlink socket in this network namespace. Use it as a context manager."""
 
     def __init__(self, protocol: int = NETLINK_NETFILTER) -> None:
@@ -74,17 +94,6 @@ class NetlinkSocket:
         except BaseException:
             self._socket.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the socket."""
@@ -123,8 +132,13 @@ class NetlinkSocket:
         self._socket.send(data)
 
     def receive(self, flags: int = 0) -> bytes:
-        """One datagram; waits for it without MSG_DONTWAIT."""
-        return self._socket.recv(DATAGRAM, flags)
+        """One datagram; waits for it without MSG_DONTWAIT. Raises Overflow."""
+        try:
+            return self._socket.recv(DATAGRAM, flags)
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                raise Overflow from None
+            raise
 
     def receive_some(self) -> list[bytes]:
         """Waits for datagrams: one, or more where a subclass can read several at once."""
@@ -137,9 +151,8 @@ class NetlinkSocket:
                 self.receive(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:  # an overflow is reported once
-                    raise
+            except Overflow:
+                continue
 
     def ask(self, kind: int, content: bytes, flags: int = 0) -> Iterator[tuple[bytes, int, int]]:
         """The answers to a request: a datagram, and where in it a message's content begins and

@@ -15,7 +15,14 @@ from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 
 from agent.kernel.counters import KeptCounts
-from agent.kernel.errors import NotPermitted, OwnedByOther, Refused, Stale, nf_tables_error
+from agent.kernel.errors import (
+    NotPermitted,
+    OwnedByOther,
+    Refused,
+    Stale,
+    nf_tables_error,
+    raised_as,
+)
 from agent.kernel.reading import OWNED, KernelTable, TableReader
 from agent.kernel.socket import NetlinkSocket
 from rules.diff import Change
@@ -100,11 +107,8 @@ class Kernel(TableReader):
         has another one by now."""
         first = self._socket.number(batch.sequences)
         data = batch.encode(first, generation)
-        try:
+        with raised_as(Stale, "sending a transaction"):  # unknown whether the kernel applied it
             failures = self._socket.transact(data, first, batch.sequences)
-        except OSError as error:
-            # it is unknown whether the kernel applied it
-            raise Stale(error.errno or errno.EIO, "sending a transaction", str(error)) from None
         if failures:
             position, code, detail = failures[0]
             raise nf_tables_error(code, batch.subject(position), detail)

@@ -12,17 +12,17 @@ import errno
 import select
 import socket
 import time
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 
-from agent.kernel.errors import KernelError, OwnedByOther, Refused, Stale
-from agent.kernel.socket import Interrupted, NetlinkSocket, parsed
+from agent.kernel.errors import KernelError, OwnedByOther, Refused, Stale, raised_as
+from agent.kernel.reading import TableReader
+from agent.kernel.socket import Closing, NetlinkSocket, Overflow, parsed
 from agent.kernel.tables import Kernel
 from rules.language import Base, Chain, Hook
-from rules.netlink.attributes import Malformed, fields, integer, text
-from rules.netlink.batch import Batch, content, nft_type
-from rules.netlink.messages import NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP
+from rules.netlink.attributes import fields, integer, text
+from rules.netlink.batch import Batch
+from rules.netlink.messages import NLM_F_APPEND, NLM_F_CREATE
 from rules.netlink.nftables import (
     NFNLGRP_NFTRACE,
     NFT_MSG_GETRULE,
@@ -49,10 +49,9 @@ _CHAINS = tuple(
 )
 _QUIET_SECONDS = 0.2
 """A packet without a message for so long has left the rules; it takes microseconds to pass them."""
-_TRIES = 5
 
 
-class Trace:
+class Trace(Closing):
     """Traces the packets that a filter chooses, from its creation until it is closed.
 
     Use it as a context manager. Raises KernelErrors; OwnedByOther while another trace runs here.
@@ -60,37 +59,21 @@ class Trace:
 
     def __init__(self, wanted: TraceFilter) -> None:
         self._family = wanted.family
-        self._kernel = Kernel(own=False)
-        try:
-            self._socket = NetlinkSocket()
-            try:
+        with ExitStack() as stack:
+            self._kernel = stack.enter_context(Kernel(own=False))
+            with raised_as(Refused, "listening to traces"):
+                self._socket = stack.enter_context(NetlinkSocket())
                 self._socket.join(NFNLGRP_NFTRACE)
-                self._remove()  # what a process on a kernel without owned tables left
-                self._kernel.send(_table(wanted))
-            except BaseException:
-                self._socket.close()
-                raise
-        except OSError as error:
-            self._kernel.close()
-            raise Refused(error.errno or errno.EIO, "listening to traces") from None
-        except BaseException:
-            self._kernel.close()
-            raise
+            self._remove()  # what a process on a kernel without owned tables left
+            self._kernel.send(_table(wanted))
+            self._sockets = stack.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the trace and deletes its table."""
         try:
             self._remove()
         finally:
-            self._socket.close()
-            self._kernel.close()
+            self._sockets.close()
 
     def _remove(self) -> None:
         batch = Batch()
@@ -128,16 +111,11 @@ class Trace:
                     yield found
 
     def _receive(self) -> Iterator[TraceMessage]:
-        try:
+        with raised_as(Refused, "reading traces"), suppress(Overflow):
             data = self._socket.receive()
             for kind, _, _, start, end in parsed(data):
                 if found := decode_trace(kind, data[start:end]):
                     yield found
-        except Malformed as error:
-            raise Refused(errno.EBADMSG, "reading traces", str(error)) from None
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise Refused(error.errno or errno.EIO, "reading traces") from None
 
     def _report(self, messages: list[TraceMessage]) -> TracedPacket | None:
         return traced_packet(messages, rule_texts(), _interface)
@@ -168,25 +146,15 @@ def _table(wanted: TraceFilter) -> Batch:
 
 
 def rule_texts() -> dict[RuleKey, str]:
-    """All rules of this network namespace, as text. Raises Refused."""
-    try:
-        with NetlinkSocket() as reading:
-            for _ in range(_TRIES):
-                try:
-                    return dict(_listed(reading))
-                except Interrupted:
-                    continue
-    except Malformed as error:
-        raise Refused(errno.EBADMSG, "reading the rules", str(error)) from None
-    except OSError as error:
-        raise Refused(error.errno or errno.EIO, "reading the rules") from None
-    raise Refused(errno.EAGAIN, "reading the rules")
+    """All rules of this network namespace, as text. Raises KernelError."""
+    with raised_as(Refused, "reading the rules"), TableReader() as reader:
+        return dict(_texts(reader.dump_all(NFT_MSG_GETRULE)))
 
 
-def _listed(reading: NetlinkSocket) -> Iterator[tuple[RuleKey, str]]:
-    for data, start, end in reading.ask(nft_type(NFT_MSG_GETRULE), content(0, b""), NLM_F_DUMP):
-        rule = fields(data[start + 4 : end])
-        family = FAMILY_NAMES.get(data[start], str(data[start]))
+def _texts(rules: Iterable[tuple[int, bytes]]) -> Iterator[tuple[RuleKey, str]]:
+    for number, body in rules:
+        rule = fields(body)
+        family = FAMILY_NAMES.get(number, str(number))
         yield (
             RuleKey(family, text(rule[NFTA_RULE_TABLE]), integer(rule[NFTA_RULE_HANDLE])),
             rule_text(rule),

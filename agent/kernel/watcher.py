@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from agent.kernel.errors import Refused
+from agent.kernel.errors import Refused, raised_as
 from agent.kernel.socket import NetlinkSocket, parsed
 from agent.worker import Failed, Worker
 from rules.netlink.attributes import Malformed, fields, text
@@ -30,11 +30,9 @@ class Watcher(Worker):
     def __init__(self, own_port: int, disturbed: Callable[[], None], failed: Failed) -> None:
         """Listens from now on. Raises Refused."""
         self._disturbed = disturbed
-        try:
+        with raised_as(Refused, "watching the tables"):
             super().__init__("nf_tables watcher", failed)
             self._socket = NetlinkSocket()
-        except OSError as error:
-            raise Refused(error.errno or 0, "watching the tables") from None
         self._socket.ignore_port(own_port)
         self._socket.join(NFNLGRP_NFTABLES)
 
