@@ -24,7 +24,7 @@ import structlog
 from agent.kernel.clients import ClientReader, Clients
 from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import Full, KernelError, OwnedByOther, Stale
-from agent.kernel.flows import FlowCleaner, Look
+from agent.kernel.flows import FlowCleaner
 from agent.kernel.readahead import ReadAhead
 from agent.kernel.reading import TableReader
 from agent.kernel.tables import Kernel, transaction_of
@@ -39,7 +39,7 @@ from rules.language import Table
 from rules.objects import Name
 from rules.problems import Problem
 from rules.program import Claim
-from rules.stale_flows import Serving
+from rules.stale_flows import Look, Serving
 from rules.state import KernelView, State
 from rules.tables import FAMILIES, SETS
 from rules.transaction import Transaction, commands

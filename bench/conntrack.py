@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from agent.kernel.conntrack import Conntrack
-from agent.kernel.flows import FlowCleaner, Look
+from agent.kernel.flows import FlowCleaner
 from agent.kernel.socket import NetlinkSocket
 from bench.process import HOST, MeasureError
 from bench.results import Results, metric, say, yardstick
@@ -28,7 +28,7 @@ from rules.netlink.attributes import attribute, nest, u32
 from rules.netlink.messages import NFGENMSG, NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, message
 from rules.objects import UDP
 from rules.program import Claim
-from rules.stale_flows import Serving
+from rules.stale_flows import Look, Serving
 from rules.tables import SETS
 
 FLOWS, QUICK_FLOWS = 1_000_000, 50_000

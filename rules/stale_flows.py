@@ -59,6 +59,9 @@ class FlowFilter(NamedTuple):
     port: int
 
 
+_REMEMBERED = 65_536
+"""Verdicts kept by destination and target; a scan of ports must not fill the memory."""
+
 Serving = frozenset[Target]
 """The targets to which flows of a claim may lead."""
 
@@ -104,3 +107,65 @@ def is_stale(
         if serving is not None:
             return flow.target not in serving and (translated or bool(serving))
     return any(flow.target in formerly.get(claim, ()) for claim in claims)
+
+
+class Look(NamedTuple):
+    """The claims to look at, with what served them before; with `everything` all UDP flows.
+
+    Node ports answer at `node_port_addresses`.
+    """
+
+    formerly: Mapping[Claim, Serving]
+    node_port_addresses: frozenset[Address]
+    everything: bool = False
+
+
+def merged(looks: list[Look]) -> Look:
+    """One look that finds what all of them would find."""
+    formerly: dict[Claim, Serving] = {}
+    for look in looks:
+        for claim, served in look.formerly.items():
+            formerly[claim] = formerly.get(claim, frozenset()) | served
+    return Look(formerly, looks[-1].node_port_addresses, any(look.everything for look in looks))
+
+
+class Record:
+    """What serves each UDP claim: what the flows of a look are judged by.
+
+    A dump has many flows of one destination and target. Verdicts are kept by these until `expect`
+    or the next look.
+    """
+
+    def __init__(self) -> None:
+        self._serving: dict[Claim, Serving] = {}
+        self._look = Look({}, frozenset())
+        self._verdicts: dict[tuple[bytes, bytes, int], bool] = {}
+
+    def expect(self, serving: Mapping[Claim, Serving | None], *, everything: bool = False) -> None:
+        """These targets serve these claims from now on; None: no Service has the claim. With
+        `everything` no other claim exists."""
+        self._verdicts.clear()
+        if everything:
+            self._serving = {}
+        for claim, targets in serving.items():
+            if targets is None:
+                self._serving.pop(claim, None)
+            else:
+                self._serving[claim] = targets
+
+    def begin(self, look: Look) -> None:
+        """The next flows are those of this look."""
+        self._verdicts.clear()
+        self._look = look
+
+    def is_stale(self, flow: Flow) -> bool:
+        """Whether the flow must be deleted, see `is_stale` of this module."""
+        kind = flow[1:4]  # what a verdict depends on
+        verdict = self._verdicts.get(kind)
+        if verdict is None:
+            if len(self._verdicts) >= _REMEMBERED:
+                self._verdicts.clear()
+            is_node_port_address = self._look.node_port_addresses.__contains__
+            verdict = is_stale(flow, self._serving.get, is_node_port_address, self._look.formerly)
+            self._verdicts[kind] = verdict
+        return verdict

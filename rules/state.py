@@ -77,7 +77,7 @@ from rules.program import (
     program,
 )
 from rules.selection import service_is_ours, slice_is_ours
-from rules.stale_flows import Flow, Serving, is_stale, is_udp
+from rules.stale_flows import Serving, is_udp
 from rules.tables import FAMILIES, SETS, Layout, build
 from rules.target import address_of
 from rules.text import Key, Value
@@ -539,15 +539,6 @@ class State:
         return before, after
 
     # what the kernel remembers
-
-    def flow_is_stale(self, flow: Flow, formerly: Mapping[Claim, Serving]) -> bool:
-        """Whether a UDP flow leads nowhere (`rules.stale_flows`). `formerly` is
-        `Change.stale_udp` of the transaction that was applied last."""
-        return is_stale(flow, self._serving, self.is_node_port_address, formerly)
-
-    def _serving(self, claim: Claim) -> Serving | None:
-        installed = self.installed.get(claim)
-        return installed.wanted.serving if installed else None
 
     def is_node_port_address(self, address: Address) -> bool:
         """Whether node ports answer at this address."""

@@ -5,8 +5,8 @@ wait for that. So the loop hands over what a flow is judged by, and continues:
 
 - `expect`, before each transaction: which targets serve a UDP claim from now on. Only claims that
   change are handed over, so the work is that of the change.
-- `look`, behind the transaction and behind the affinity map, which would bring a stale flow back:
-  the claims that may have stale flows.
+- `look`, after the transaction and after stale clients have been deleted from the affinity map,
+  which would bring a stale flow back: the claims that may have stale flows.
 
 The thread keeps its own record of what serves, so no thread ever reads another one's data. A new
 target is expected before the kernel can send a flow to it. The thread takes in what is expected
@@ -30,17 +30,14 @@ import structlog
 from agent.kernel.conntrack import Conntrack
 from agent.kernel.errors import ConntrackError
 from agent.worker import Failed, Worker
-from rules.objects import Address
 from rules.program import Claim
-from rules.stale_flows import Flow, Serving, is_stale
+from rules.stale_flows import Flow, Look, Record, Serving, merged
 from rules.tables import FAMILIES
 
 REST = 4
 """So many times the duration of a dump pass until the next one."""
 MOST_REST_SECONDS = 2.0
 _MAILBOX = 64  # from so much unread mail on the thread is woken to read it
-_REMEMBERED = 65_536
-"""Verdicts kept by destination and target; a scan of ports must not fill the memory."""
 
 Log = structlog.typing.FilteringBoundLogger
 Deleted = Callable[[int, int, float], None]
@@ -52,17 +49,6 @@ class Expected(NamedTuple):
     no other UDP claim exists."""
 
     serving: Mapping[Claim, Serving | None]
-    everything: bool = False
-
-
-class Look(NamedTuple):
-    """The claims to look at, with what served them before; with `everything` all UDP flows.
-
-    Node ports answer at `node_port_addresses`.
-    """
-
-    formerly: Mapping[Claim, Serving]
-    node_port_addresses: frozenset[Address]
     everything: bool = False
 
 
@@ -86,9 +72,8 @@ class FlowCleaner(Worker):
         self._mail: deque[Expected | Look] = deque()  # append and popleft are atomic
         self._news = threading.Event()
         # only the thread itself uses these
-        self._serving: dict[Claim, Serving] = {}
+        self._record = Record()
         self._waiting: list[Look] = []
-        self._verdicts: dict[tuple[bytes, bytes, int], bool] = {}
 
     def expect(self, serving: Mapping[Claim, Serving | None], *, everything: bool = False) -> None:
         """To be called before the transaction that gives these claims these targets."""
@@ -118,7 +103,7 @@ class FlowCleaner(Worker):
                 self._take_in()
                 if self._waiting and not self.stopping:
                     started = time.perf_counter()
-                    self._forget(_merged(self._waiting))
+                    self._forget(merged(self._waiting))
                     self.pause(min(REST * (time.perf_counter() - started), MOST_REST_SECONDS))
         finally:
             self._disconnect()
@@ -129,24 +114,17 @@ class FlowCleaner(Worker):
                 case Look() as look:
                     self._waiting.append(look)
                 case Expected(serving, everything):
-                    self._verdicts.clear()
-                    if everything:
-                        self._serving = {}
-                    for claim, targets in serving.items():
-                        if targets is None:
-                            self._serving.pop(claim, None)
-                        else:
-                            self._serving[claim] = targets
+                    self._record.expect(serving, everything=everything)
 
     def _forget(self, look: Look) -> None:
         self._waiting = []
-        self._verdicts.clear()
+        self._record.begin(look)
         started = time.perf_counter()
         try:
             if self._conntrack is None:
                 self._conntrack = self._connect()
             claims = None if look.everything else look.formerly
-            found = self._conntrack.forget(claims, lambda flow: self._is_stale(flow, look))
+            found = self._conntrack.forget(claims, self._is_stale)
         except _Stopped:
             return
         except ConntrackError as error:
@@ -163,20 +141,12 @@ class FlowCleaner(Worker):
                 self._log.info("stale_flows_deleted", family=family, flows=flows)
             self._deleted(family, flows, seconds)  # kube-proxy counts every look, found or not
 
-    def _is_stale(self, flow: Flow, look: Look) -> bool:
+    def _is_stale(self, flow: Flow) -> bool:
         if self.stopping:
             raise _Stopped
         if self._mail:
             self._take_in()
-        kind = flow[1:4]  # what a verdict depends on
-        verdict = self._verdicts.get(kind)
-        if verdict is None:
-            if len(self._verdicts) >= _REMEMBERED:
-                self._verdicts.clear()
-            verdict = self._verdicts[kind] = is_stale(
-                flow, self._serving.get, look.node_port_addresses.__contains__, look.formerly
-            )
-        return verdict
+        return self._record.is_stale(flow)
 
     def _disconnect(self) -> None:
         if self._conntrack:
@@ -186,12 +156,3 @@ class FlowCleaner(Worker):
 
 class _Stopped(Exception):
     """The worker is to end during a dump."""
-
-
-def _merged(looks: list[Look]) -> Look:
-    """One look that finds what all of them would find."""
-    formerly: dict[Claim, Serving] = {}
-    for look in looks:
-        for claim, served in look.formerly.items():
-            formerly[claim] = formerly.get(claim, frozenset()) | served
-    return Look(formerly, looks[-1].node_port_addresses, any(look.everything for look in looks))

@@ -19,13 +19,13 @@ import pytest
 import structlog
 
 from agent.kernel.conntrack import Conntrack, decode
-from agent.kernel.flows import FlowCleaner, Look
+from agent.kernel.flows import FlowCleaner
 from agent.kernel.sysctl import ConntrackSettings, apply
 from lab.world import World
 from rules.events import Upsert
 from rules.netlink.attributes import attributes
 from rules.objects import EndpointSlice, Service
-from rules.stale_flows import Flow
+from rules.stale_flows import Flow, Look
 from rules.state import State
 from rules.transaction import Transaction
 from tests.kernel.agent import Agent, write

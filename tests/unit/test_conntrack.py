@@ -28,6 +28,8 @@ from rules.program import Claim
 from rules.stale_flows import (
     Flow,
     FlowFilter,
+    Look,
+    Record,
     Serving,
     flow_filter,
     is_stale,
@@ -298,62 +300,76 @@ def pods(*numbers: int, **conditions: Any) -> EndpointSlice:
     )
 
 
-def looked(state: State, *events: Upsert | Delete) -> dict[Claim, Serving]:
-    state.apply(events)
-    return state.step().change.stale_udp
+class Node:
+    """A state, and the flow worker's record of what it has programmed."""
+
+    def __init__(self) -> None:
+        self.state = State(Options(node="node-1"))
+        self._record = Record()
+
+    def look(self, *events: Upsert | Delete) -> dict[Claim, Serving]:
+        """The claims to look at after these events."""
+        self.state.apply(events)
+        change = self.state.step().change
+        self._record.expect(change.udp_serving)
+        self._record.begin(Look(change.stale_udp, self.state.node_port_addresses()))
+        return change.stale_udp
+
+    def is_stale(self, destination: bytes, target: bytes) -> bool:
+        return self._record.is_stale(Flow(CLIENT, destination, target))
 
 
 @pytest.fixture
-def state() -> State:
-    result = State(Options(node="node-1"))
+def here() -> Node:
+    result = Node()
     web = service(ports=[DNS, HTTP], cluster_ips=["10.96.0.10"], type="NodePort")
-    result.apply([Upsert(node()), Upsert(web), Upsert(pods(1, 2))])
-    result.step()
+    result.look(Upsert(node()), Upsert(web), Upsert(pods(1, 2)))
     return result
 
 
-def test_only_udp_and_only_losses_make_one_look(state: State) -> None:
+def test_only_udp_and_only_losses_make_one_look(here: Node) -> None:
     two = frozenset((A, B))
-    assert looked(state, Upsert(pods(1, 2, 3))) == {}
-    assert looked(state, Upsert(pods(1, 2))) == {
+    assert here.look(Upsert(pods(1, 2, 3))) == {}
+    assert here.look(Upsert(pods(1, 2))) == {
         BY_IP: two | {at("10.244.1.3", 5353)},
         BY_PORT: two | {at("10.244.1.3", 5353)},
     }
     # they serve while they terminate: the flows go on, also when others become ready
-    assert looked(state, Upsert(pods(1, 2, ready=False, serving=True, terminating=True))) == {}
+    assert here.look(Upsert(pods(1, 2, ready=False, serving=True, terminating=True))) == {}
     other = endpoint_slice(
         "web",
         [endpoint("10.244.1.7")],
         name="more",
         ports=[{"name": "dns", "port": 5353, "protocol": "UDP"}],
     )
-    assert looked(state, Upsert(other)) == {}
-    assert state.flow_is_stale(Flow(CLIENT, VIP, A), {}) is False
-    # until they serve no more, though no list changes by that
-    gone = looked(state, Upsert(pods(1, 2, ready=False, serving=False, terminating=True)))
+    assert here.look(Upsert(other)) == {}
+    assert not here.is_stale(VIP, A)
+    # until they no longer serve, although no list changes by that
+    gone = here.look(Upsert(pods(1, 2, ready=False, serving=False, terminating=True)))
     assert gone.keys() == {BY_IP, BY_PORT}
-    assert state.flow_is_stale(Flow(CLIENT, VIP, A), gone) is True
+    assert here.is_stale(VIP, A)
 
 
-def test_the_first_endpoint_makes_one_look(state: State) -> None:
-    assert looked(state, Upsert(pods())).keys() == {BY_IP, BY_PORT}
-    assert looked(state, Upsert(pods(1))) == {BY_IP: NOBODY, BY_PORT: NOBODY}
+def test_the_first_endpoint_makes_one_look(here: Node) -> None:
+    assert here.look(Upsert(pods())).keys() == {BY_IP, BY_PORT}
+    assert here.look(Upsert(pods(1))) == {BY_IP: NOBODY, BY_PORT: NOBODY}
 
 
-def test_a_deleted_service_makes_one_look(state: State) -> None:
-    gone = looked(state, Delete(type(service()), service().name))
+def test_a_deleted_service_makes_one_look(here: Node) -> None:
+    gone = here.look(Delete(type(service()), service().name))
     assert gone == {BY_IP: BOTH, BY_PORT: BOTH}
-    assert state.flow_is_stale(Flow(CLIENT, VIP, A), gone)
-    assert state.flow_is_stale(Flow(CLIENT, NODE, A), gone)
-    assert not state.flow_is_stale(Flow(CLIENT, VIP, A), {})
+    assert here.is_stale(VIP, A)
+    assert here.is_stale(NODE, A)
+    assert here.look() == {}
+    assert not here.is_stale(VIP, A)  # another program's by now
 
 
-def test_an_address_that_begins_to_answer_at_node_ports(state: State) -> None:
-    new = looked(state, Upsert(node(addresses=["172.31.0.7"])))
+def test_an_address_that_begins_to_answer_at_node_ports(here: Node) -> None:
+    new = here.look(Upsert(node(addresses=["172.31.0.7"])))
     assert new == {BY_PORT: NOBODY}
-    assert state.flow_is_stale(Flow(CLIENT, at("172.31.0.7", 30053), at("172.31.0.7", 30053)), new)
+    assert here.is_stale(at("172.31.0.7", 30053), at("172.31.0.7", 30053))
 
 
-def test_without_changes_nobody_looks(state: State) -> None:
-    assert state.step().change.stale_udp == {}
-    assert looked(state, Upsert(pods(1, 2))) == {}
+def test_without_changes_there_is_no_look(here: Node) -> None:
+    assert here.look() == {}
+    assert here.look(Upsert(pods(1, 2))) == {}

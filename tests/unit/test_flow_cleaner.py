@@ -15,11 +15,11 @@ from structlog.testing import capture_logs
 
 from agent.kernel.conntrack import FEW, filters_of
 from agent.kernel.errors import ConntrackError
-from agent.kernel.flows import FlowCleaner, Look
+from agent.kernel.flows import FlowCleaner
 from rules.frontends import destination_key
 from rules.objects import UDP
 from rules.program import Claim
-from rules.stale_flows import Flow, FlowFilter
+from rules.stale_flows import Flow, FlowFilter, Look
 from rules.tables import SETS
 from tests.unit.test_conntrack import BOTH, BY_IP, BY_PORT, CLIENT, NOBODY, NODE, VIP, A, B, packed
 
