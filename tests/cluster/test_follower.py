@@ -328,6 +328,21 @@ def test_a_burst_arrives_whole(run: Run) -> None:
 # --- faults -------------------------------------------------------------------------------------
 
 
+def test_steady_changes_are_read_at_a_pace(server: ApiServer) -> None:
+    """What arrives behind the burst stays unread for the interval, which stopping ends."""
+    with Run(server, timing=FAST._replace(pace=(3600.0, 3))) as run:
+        run.inbox.wait_synced()
+        server.wait_for(lambda: server.watching(*RESOURCES))
+        run.reaches("first")  # behind the list
+        run.reaches("second")
+        server.put(service_document("third", cluster_ips=["10.96.9.9"]))
+        server.put(slice_document("third", []))
+        run.inbox.wait(lambda: run.inbox.has("EndpointSlice", "default/third-ipv4"))
+        assert not run.inbox.has("Service", "default/third")
+        run.follower.stop()
+    assert not run.failed
+
+
 def test_a_watch_cut_in_the_middle_of_a_line(run: Run) -> None:
     run.server.cut_next("services")
     run.reaches("cut")

@@ -22,6 +22,7 @@ import urllib3
 from structlog.typing import FilteringBoundLogger
 
 from agent.sources.kubernetes.connection import ConnectError, Connection, reason_of
+from agent.sources.kubernetes.pace import Pace
 from agent.sources.kubernetes.reflector import (
     ApiRequest,
     Failure,
@@ -309,6 +310,7 @@ class _ResourceFollower(Worker):
         self._last_message: float | None = None
         self._last_valid: float | None = None
         self._valid_answers = 0
+        self._pace = Pace(*self._timing.pace)
         self._reported: Failure | None = None
 
     def status(self) -> WatchStatus:
@@ -409,10 +411,12 @@ class _ResourceFollower(Worker):
                     self._enter("watching")
                     due = True  # an empty list is news, too
                 due = due or bool(events or reflector.invalid)
+                self._note(request)
                 if due and not (len(events) < MAX_BATCH and _has_more(response)):
                     self._put(events)
                     events, due = [], False
-                self._note(request)
+                    if rest := self._pace.rest():
+                        self.pause(rest)
                 if reflector.over or self.stopping:
                     break
         except urllib3.exceptions.ReadTimeoutError:

@@ -89,7 +89,8 @@ class Timing(NamedTuple):
     reconnecting is cheap.) Delays after failures are drawn from 0 to `backoff[0]`, and the bound
     doubles up to `backoff[1]`, so that the nodes of a cluster do not retry all at once. A watch
     that lasted `settled` with a message counts as working. `optional_retry` is shorter than the
-    limit after which a resource without valid answers makes the agent unready.
+    limit after which a resource without valid answers makes the agent unready. `pace` is how often
+    a watch hands over changes: the interval and the burst of a `Pace`.
     """
 
     connect: float = 10.0
@@ -100,6 +101,7 @@ class Timing(NamedTuple):
     settled: float = 10.0
     optional_retry: float = 120.0
     page: int = 500
+    pace: tuple[float, int] = (0.01, 1000)
 
 
 class Resource(NamedTuple):
