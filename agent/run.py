@@ -388,6 +388,7 @@ def _api_server(
     from agent.kernel.facts import collect, conntrack, with_state
     from agent.kernel.lookups import kernel_elements
     from agent.serve.api import Api, ApiServer, Sources
+    from agent.serve.flows import RecentFlows
     from rules.doctor import Facts, examine
 
     def with_server(facts: Facts) -> Facts:
@@ -416,6 +417,8 @@ def _api_server(
         owns_tables=bool(kernel.table_flags),
         started=time.time(),
         counts=counters.read if counters else None,
+        counts_of=counters.read_of if counters else None,
+        flows=RecentFlows(failed),
     )
     return ApiServer(
         Api(sources),

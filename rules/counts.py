@@ -90,8 +90,47 @@ def claim_counts(state: State, name: Name, claim: Claim, counts: PacketCounts) -
     )
 
 
-def _unknown_ports(state: State, counts: PacketCounts) -> Iterator[FrontendCounts]:
-    for name, service in state.services.items():
+def counts_of(
+    state: State, names: Iterable[Name], counts: PacketCounts
+) -> Iterator[FrontendCounts]:
+    """The counts of some Services; those that do not exist are left out."""
+    known = [name for name in names if name in state.services]
+    for name in known:
+        for claim in _held(state, name):
+            yield claim_counts(state, name, claim, counts)
+    yield from _unknown_ports(state, counts, known)
+
+
+def counted_keys(state: State, names: Iterable[Name]) -> dict[Set, list[Key]]:
+    """The elements that count for these Services: all that `counts_of` looks at."""
+    found: dict[Set, list[Key]] = {}
+    for name in names:
+        for claim in _held(state, name):
+            sets = SETS[claim.verdicts.family]
+            for owner in sets.counted:
+                if owner.key == claim.verdicts.key:
+                    found.setdefault(owner, []).append(claim.key)
+        service = state.services.get(name)
+        for address in service.cluster_ips if service else ():
+            owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips
+            found.setdefault(owner, []).append(address)
+    return found
+
+
+def _held(state: State, name: Name) -> Iterator[Claim]:
+    """The frontends of a Service that no other Service has, as far as they are programmed."""
+    program = state.programs.get(name)
+    for claim in program.wanted if program else ():
+        if state.holder(claim) == name and claim in state.installed:
+            yield claim
+
+
+def _unknown_ports(
+    state: State, counts: PacketCounts, names: Iterable[Name] | None = None
+) -> Iterator[FrontendCounts]:
+    """Of these Services, or of all."""
+    for name in state.services if names is None else names:
+        service = state.services[name]
         for address in service.cluster_ips:
             owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips
             packets = counts.get(owner, {}).get(address, NO_PACKETS).packets

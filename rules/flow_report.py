@@ -14,8 +14,10 @@ import msgspec
 
 from rules.endpoint_report import EndpointTable
 from rules.frontends import Kind
-from rules.objects import PROTOCOL_NAMES, address_text
-from rules.service_report import ServiceLine
+from rules.lookup import Destination, claim_met
+from rules.objects import PROTOCOL_NAMES, Address, Name, address_text
+from rules.service_report import ServiceLine, port_text
+from rules.state import State
 from rules.target import Target, address_of, port_of, target_text
 
 
@@ -111,16 +113,53 @@ class Directory:
     def flow(self, connection: NewConnection, owner: Owner, seconds: float) -> Flow:
         """The connection through a Service, at this time."""
         known = self._endpoints.get(owner.service, {})
-        pod, node = known.get(address_text(address_of(connection.endpoint)), ("", ""))
-        return Flow(
-            seconds,
-            PROTOCOL_NAMES[connection.protocol],
-            target_text(connection.client),
-            target_text(connection.destination),
-            owner.service,
-            owner.port,
-            target_text(connection.endpoint),
-            pod,
-            node,
-            address_of(connection.seen_as) != address_of(connection.client),
-        )
+        where = known.get(address_text(address_of(connection.endpoint)), ("", ""))
+        return _flow(connection, owner, where, seconds)
+
+
+class StateDirectory:
+    """Who has which address, by a State that has been stepped."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._endpoints: dict[Name, dict[Address, tuple[str, str]]] = {}
+
+    def flow(self, connection: NewConnection, seconds: float) -> Flow | None:
+        """The connection at this time; None if it goes through no Service."""
+        state = self._state
+        address, port = address_of(connection.destination), port_of(connection.destination)
+        where = Destination(address, connection.protocol, port)
+        claim = claim_met(where, state.is_node_port_address, state.installed)
+        name = state.holder(claim) if claim else None
+        if claim is None or name is None:
+            return None
+        service_port = state.installed[claim].wanted.frontend.service_port
+        owner = Owner(str(name), port_text(service_port))
+        found = self._places(name).get(address_of(connection.endpoint), ("", ""))
+        return _flow(connection, owner, found, seconds)
+
+    def _places(self, name: Name) -> dict[Address, tuple[str, str]]:
+        """Pod and node of each endpoint of a Service."""
+        if name not in self._endpoints:
+            self._endpoints[name] = {
+                endpoint.address: (endpoint.pod, endpoint.node)
+                for piece in self._state.slices_of(name)
+                for endpoint in piece.endpoints
+            }
+        return self._endpoints[name]
+
+
+def _flow(connection: NewConnection, owner: Owner, where: tuple[str, str], seconds: float) -> Flow:
+    pod, node = where
+    return Flow(
+        seconds,
+        PROTOCOL_NAMES[connection.protocol],
+        target_text(connection.client),
+        target_text(connection.destination),
+        owner.service,
+        owner.port,
+        target_text(connection.endpoint),
+        pod,
+        node,
+        address_of(connection.seen_as) != address_of(connection.client),
+    )

@@ -12,7 +12,7 @@ import msgspec
 
 from rules.counts import PacketCounts, claim_counts
 from rules.frontends import Frontend
-from rules.objects import PROTOCOL_NAMES, Name, Service
+from rules.objects import PROTOCOL_NAMES, Name, Service, ServicePort
 from rules.program import Claim, Wanted
 from rules.state import State
 
@@ -80,7 +80,7 @@ def service_lines(
         key = (wanted.frontend.family, port.port, port.protocol, port.name)
         groups.setdefault(key, []).append((claim, wanted))
     totals = _totals(state, name)
-    for (family, number, protocol, port_name), members in groups.items():
+    for (family, _, protocol, port_name), members in groups.items():
         lines = tuple(
             _frontend_line(state, name, claim, wanted, counts) for claim, wanted in members
         )
@@ -88,7 +88,7 @@ def service_lines(
         yield ServiceLine(
             name.namespace,
             name.name,
-            f"{number} ({port_name})" if port_name else str(number),
+            port_text(first.frontend.service_port),
             PROTOCOL_NAMES[protocol],
             family,
             _policy(local=service.internal_local),
@@ -101,12 +101,17 @@ def service_lines(
         )
 
 
+def port_text(port: ServicePort) -> str:
+    """A Service port as the reports show it: `80 (http)`."""
+    return f"{port.port} ({port.name})" if port.name else str(port.port)
+
+
 def _not_proxied(service: Service) -> Iterator[ServiceLine]:
     for port in service.ports:
         yield ServiceLine(
             service.name.namespace,
             service.name.name,
-            f"{port.port} ({port.name})" if port.name else str(port.port),
+            port_text(port),
             PROTOCOL_NAMES[port.protocol],
             0,
             _policy(local=service.internal_local),

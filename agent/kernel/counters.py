@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from rules.counts import PacketCounts
@@ -31,7 +31,7 @@ class ReadsCounts(Protocol):
     def counts(self, owner: Set) -> dict[Key, Count]:
         """All of a set, by key."""
 
-    def counts_of(self, owner: Set, keys: list[Key]) -> dict[Key, Count]:
+    def counts_of(self, owner: Set, keys: Sequence[Key]) -> dict[Key, Count]:
         """Those of some keys, as far as they exist."""
 
 
@@ -120,12 +120,26 @@ class CountersReader:
                 self._read_at = time.monotonic()
             return self._last
 
+    def read_of(self, keys: Mapping[Set, Sequence[Key]]) -> PacketCounts:
+        """The counts of some elements, now. Raises KernelError."""
+        with self._lock:
+            self._kernel = kernel = self._kernel or self._connect()
+            absent = self._kept.absent()
+            return {
+                owner: {**absent.get(owner, {}), **kernel.counts_of(owner, keys[owner])}
+                for owner in _in_order(keys)
+            }
+
     def _all(self, kernel: ReadsCounts) -> PacketCounts:
         absent = self._kept.absent()
         found: dict[Set, Mapping[Key, Count]] = {}
         for family in FAMILIES:
             sets = SETS[family]
-            # first what is taken off the connections later: it must not be ahead of them
-            for owner in sorted(sets.counted, key=lambda s: s.verdicts):
+            for owner in _in_order(sets.counted):
                 found[owner] = {**absent.get(owner, {}), **kernel.counts(owner)}
         return found
+
+
+def _in_order(owners: Iterable[Set]) -> list[Set]:
+    """First what is taken off the connections later: it must not be ahead of them."""
+    return sorted(owners, key=lambda owner: owner.verdicts)

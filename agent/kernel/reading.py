@@ -70,7 +70,7 @@ OWNED = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST
 _SUBJECT = "reading the tables"
 _READ_TRIES, _ELEMENT_TRIES = 10, 3
 _GROWING_TRIES, _GROWING_PAUSE = 5, 0.05
-_SINGLE_COUNTS = 32  # up to so many counters are read one by one, 10 us each
+_SINGLE_COUNTS = 400  # up to so many are read one by one, 10 us each; a dump may be of 10,000s
 
 
 class KernelTable(NamedTuple):

@@ -616,9 +616,10 @@ class _Connection:
         headers = [
             *answer.headers,
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
-            ("Content-Length", str(len(answer.body))),
             ("Connection", "close"),
         ]
+        if answer.status != HTTPStatus.NOT_MODIFIED:  # there it would be the length of the 200
+            headers.append(("Content-Length", str(len(answer.body))))
         head = h11.Response(
             status_code=answer.status,
             headers=headers,

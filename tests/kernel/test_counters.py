@@ -20,6 +20,8 @@ from rules.counts import (
     UNALLOCATED,
     UNKNOWN_PORT,
     FrontendCounts,
+    counted_keys,
+    counts_of,
     frontend_counts,
 )
 from rules.events import Upsert
@@ -34,9 +36,17 @@ Start = Callable[..., Proxy]
 
 
 def counted(proxy: Proxy) -> dict[str, FrontendCounts]:
-    """The counts by frontend, of those that are not zero."""
+    """The counts by frontend, of those that are not zero.
+
+    Whoever asks for the Services by name gets the same.
+    """
     reader = CountersReader(proxy.kernel.kept or KeptCounts(), lambda: proxy.kernel, seconds=0)
-    found = frontend_counts(proxy.state, reader.read())
+    found = list(frontend_counts(proxy.state, reader.read()))
+    names = list(proxy.state.services)
+    chosen = reader.read_of(counted_keys(proxy.state, names))
+    assert {c.frontend: c for c in counts_of(proxy.state, names, chosen)} == {
+        c.frontend: c for c in found if c.service
+    }
     return {c.frontend: c for c in found if c.connections or c.refused or c.dropped}
 
 

@@ -16,9 +16,11 @@ import msgspec
 import pytest
 import yaml
 
+from agent.cli.client import Client
 from agent.kernel.lookups import KernelElements
 from agent.kernel.tables import Kernel
 from agent.loop import difference
+from agent.serve.api import Flows
 from lab.world import World
 from rules.explain import Explanation, explain
 from rules.tables import SETS
@@ -131,6 +133,26 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 # --- the commands -------------------------------------------------------------------------------
+
+
+def test_the_api_lists_connections_and_listens_only_while_it_is_asked(live: Live) -> None:
+    """Real connections, over the socket; no socket is subscribed before the first question."""
+
+    def flows(after: int) -> Any:
+        return Client(str(live.socket)).get(f"/v1/flows?after={after}", Flows)
+
+    def subscribed() -> bool:
+        lines = live.world.run("node", Path("/proc/thread-self/net/netlink").read_text)
+        return any(c[1] == "12" and c[3] == "00000001" for c in map(str.split, lines.splitlines()))
+
+    assert not subscribed()
+    found = flows(0)
+    assert subscribed()
+    assert live.world.ask("pod-3", "10.96.0.10", 80).outcome == "answered"
+    until(lambda: flows(found.sequence).flows)
+    (flow,) = flows(found.sequence).flows
+    assert (flow.service, flow.client.partition(":")[0]) == ("default/web", "10.244.1.13")
+    assert flow.endpoint in ("10.244.1.11:8080", "10.244.1.12:8080")
 
 
 def test_status_says_that_the_node_is_programmed(live: Live) -> None:

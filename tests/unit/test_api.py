@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import http.client
 import json
 import os
 import socket
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,20 +22,28 @@ import structlog
 
 from agent.cli.client import NO_AGENT, Client
 from agent.config.settings import Settings
-from agent.kernel.errors import Refused
-from agent.serve.api import Api, ApiServer, Sources, Status
+from agent.kernel.errors import ConntrackError, Refused
+from agent.serve.api import CHOSEN, Api, ApiServer, Sources, Status
+from agent.serve.flows import RecentFlows
 from agent.serve.health import Heartbeat
-from agent.serve.http import HttpRequest, TcpAddress, UnixAddress
+from agent.serve.http import HttpAnswer, HttpRequest, TcpAddress, UnixAddress
+from rules.counts import PacketCounts
 from rules.doctor import Check
 from rules.events import Synced, Upsert
+from rules.flow_report import NewConnection
 from rules.history import History
+from rules.language import Set
 from rules.netlink.counters import Count
 from rules.objects import Object
 from rules.service_report import services
 from rules.state import State
+from rules.target import target_of
+from rules.text import Key
 from tests.manifest import endpoint, endpoint_slice, node, service
+from tests.unit.fakes.flow_watch import FakeFlowWatch
 from tests.unit.test_endpoints import stepped
 
+PATIENCE = 20.0
 WEB = (service("web"), endpoint_slice("web", [endpoint("10.0.0.1")]))
 
 
@@ -216,6 +227,52 @@ def test_the_page_is_one_file_that_may_load_nothing_from_elsewhere(
     assert "https://" not in text
 
 
+def test_a_client_that_has_the_answer_gets_no_body_until_the_state_changes(
+    served: tuple[Path, int],
+) -> None:
+    """ETag and If-None-Match over a real socket; another run's tag is not taken for one's own."""
+    port = served[1]
+    for path in ("/v1/services", "/v1/services/default/web"):
+        first = ask(port, path)
+        tag = first.headers["ETag"]
+        assert first.read()
+        again = ask(port, path, **{"If-None-Match": tag})
+        assert (again.status, again.headers["ETag"], again.read()) == (304, tag, b"")
+        assert again.headers["Content-Length"] is None
+        assert ask(port, path, **{"If-None-Match": '"0-1"'}).status == 200
+    assert ask(port, "/v1/status").headers["ETag"] is None
+    assert ask(port, "/v1/services?counters=true").headers["ETag"] is None
+
+
+def test_a_change_makes_another_tag() -> None:
+    agent = Agent(*WEB)
+
+    def answer(tag: str) -> HttpAnswer:
+        return agent.api.answer(HttpRequest("GET", "/v1/services", "", {"if-none-match": tag}, 4))
+
+    first = dict(answer("").headers)["ETag"]
+    assert answer(first).status == 304
+    agent.change(service("shop", cluster_ips=["10.96.0.20"]))
+    assert (answer(first).status, dict(answer(first).headers)["ETag"] != first) == (200, True)
+
+
+def test_long_answers_are_compressed_for_clients_that_take_gzip() -> None:
+    agent = Agent(*(service(f"s{i}", cluster_ips=[f"10.96.1.{i}"]) for i in range(50)))
+
+    def answer(path: str, accepted: str) -> HttpAnswer:
+        headers = {"accept-encoding": accepted}
+        return agent.api.answer(HttpRequest("GET", path, "", headers, 4))
+
+    plain = answer("/v1/services", "identity")
+    small = answer("/v1/services", "deflate, gzip;q=0.8, br")
+    assert dict(small.headers)["Content-Encoding"] == "gzip"
+    assert gzip.decompress(small.body) == plain.body
+    assert len(small.body) * 10 < len(plain.body)
+    for short in (answer("/v1/status", "gzip"), plain):
+        assert "Content-Encoding" not in dict(short.headers)
+        assert dict(short.headers)["Vary"] == "Accept-Encoding"
+
+
 def test_before_everything_is_read_the_status_alone_answers() -> None:
     """What an agent has not programmed yet would look as if it were not proxied."""
     agent = Agent()
@@ -246,6 +303,48 @@ def test_a_kernel_that_cannot_be_read_is_503_with_its_words() -> None:
     assert (code, "the kernel's tables cannot be read" in body["error"]) == (503, True)
 
 
+# --- flows --------------------------------------------------------------------------------------
+
+
+def test_flows_are_named_with_service_and_pod_by_the_state() -> None:
+    """At a cluster IP and a node port, to a pod; connections to others are left out."""
+    pod = endpoint("10.0.0.1", pod="web-1", node="node-2")
+    web = service("web", type="NodePort", ports=[{"name": "http", "port": 80, "nodePort": 30080}])
+    agent = Agent(web, endpoint_slice("web", [pod]))
+    watch = FakeFlowWatch()
+    agent.api = Api(agent.sources._replace(flows=RecentFlows(pytest.fail, lambda: watch)))
+    first = agent.get("/v1/flows")[1]
+    assert first == {"sequence": first["sequence"], "lost": 0, "flows": []}
+    client, target = target_of(bytes([10, 0, 0, 9]), 40000), target_of(bytes([10, 0, 0, 1]), 8080)
+    for address, port in (([10, 96, 0, 10], 80), ([172, 31, 0, 2], 30080), ([10, 0, 0, 1], 8080)):
+        where = target_of(bytes(address), port)
+        watch.made.put(NewConnection(6, client, where, target, client))
+    query = {"after": str(first["sequence"])}
+    deadline = time.monotonic() + PATIENCE
+    while (answer := agent.get("/v1/flows", **query)[1])["sequence"] < first["sequence"] + 3:
+        assert time.monotonic() < deadline
+    seen = answer["flows"]
+    assert [(f["destination"], f["service"], f["port"], f["pod"], f["node"]) for f in seen] == [
+        (where, "default/web", "80 (http)", "web-1", "node-2")
+        for where in ("10.96.0.10:80", "172.31.0.2:30080")
+    ]
+    assert len(agent.get("/v1/flows", service="default/web", **query)[1]["flows"]) == 2
+    assert agent.get("/v1/flows", service="default/db", **query)[1]["flows"] == []
+    assert agent.get("/v1/flows", after="x")[0] == 400
+    agent.api.stop()
+    assert not watch.open
+
+
+def test_flows_that_cannot_be_listened_to_are_503_with_the_remedy() -> None:
+    def refuse() -> FakeFlowWatch:
+        raise ConntrackError(errno.EPERM, "listening to conntrack")
+
+    agent = Agent(*WEB)
+    agent.api = Api(agent.sources._replace(flows=RecentFlows(pytest.fail, refuse)))
+    code, body = agent.get("/v1/flows")
+    assert (code, "CAP_NET_ADMIN" in body["error"]) == (503, True)
+
+
 # --- counters -----------------------------------------------------------------------------------
 
 
@@ -263,3 +362,22 @@ def test_counters_are_those_of_the_services_asked_for() -> None:
     assert {c["service"] for c in agent.get("/v1/counters")[1]} == {"web", "db"}
     lines = agent.get("/v1/services", counters="true")[1]
     assert sum(f["connections"] for line in lines for f in line["frontends"]) == 7
+
+
+def test_counters_of_named_services_are_read_alone() -> None:
+    """What the page asks for: the rows that it shows, whatever the number of Services."""
+    agent = Agent(*WEB, service("db", cluster_ips=["10.96.0.99"]))
+    asked: list[set[str]] = []
+
+    def counts_of(keys: Mapping[Set, Sequence[Key]]) -> PacketCounts:
+        asked.append({owner.name for owner in keys})
+        return {owner: dict.fromkeys(found, Count(3, 180)) for owner, found in keys.items()}
+
+    agent.api = Api(agent.sources._replace(counts=dict, counts_of=counts_of))
+    code, found = agent.get("/v1/counters", services="default/db,default/gone,default/db")
+    assert (code, {one["service"] for one in found}) == (200, {"db"})
+    assert asked == [
+        {"service-ips", "inside-ips", "reject-ips", "drop-ips", "guarded", "cluster-ips"}
+    ]
+    for bad in ("db", "/db", "default/", ",".join(f"a/{number}" for number in range(CHOSEN + 1))):
+        assert agent.get("/v1/counters", services=bad)[0] == 400

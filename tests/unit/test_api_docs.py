@@ -14,7 +14,9 @@ import msgspec
 import pytest
 
 from agent.serve.api import ANSWERS, Api
+from agent.serve.flows import RecentFlows
 from tests.manifest import service
+from tests.unit.fakes.flow_watch import FakeFlowWatch
 from tests.unit.test_api import WEB, Agent
 
 ROOT = Path(__file__).parents[2]
@@ -70,12 +72,14 @@ TARGETS = {
 @pytest.mark.parametrize("path", ANSWERS)
 def test_an_answer_is_valid_by_its_schema(path: str) -> None:
     agent = Agent(*WEB, service("twin", cluster_ips=["10.96.0.10"]))
-    agent.api = Api(agent.sources._replace(counts=dict))
+    flows = RecentFlows(pytest.fail, FakeFlowWatch)
+    agent.api = Api(agent.sources._replace(counts=dict, flows=flows))
     agent.state.problems.collect(1.0)
     agent.history.note("started", 1.0, "a test")
     target, query = TARGETS.get(path, (path, {}))
     code, body = agent.get(target, **query)
     assert code == 200
+    agent.api.stop()
     _check(body, SCHEMA["paths"][path], path)
 
 
