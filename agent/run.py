@@ -1,11 +1,12 @@
 """The agent, put together: sources and signals in front of the loop, the kernel behind it, health
 and metrics beside it.
 
-Order of a start: the kernel's socket comes first, since nothing works without it; then the health
-and metrics servers, so that probes are answered from the beginning; then a thread that reads the
-tables back; the node's addresses and the source of Services last. Nothing waits: the loop begins to
-program when the first complete lists and the addresses have arrived, and SIGTERM ends it at any
-time. Whatever ends it, the parts are stopped in the reverse order, and the tables stay.
+Order of a start: the kernel's socket first, since nothing works without it, and a thread that reads
+the tables back; then the loop, which takes the failures of all threads; then the health and metrics
+servers, so that probes are answered before anything is awaited; the node's addresses and the source
+of Services last. Nothing waits: the loop begins to program when the first complete lists and the
+addresses have arrived, and SIGTERM ends it at any time. Whatever ends it, the parts are stopped in
+the reverse order, and the tables stay.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import queue
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ from agent import __version__, log
 from agent.config.data_plane import serves_localhost
 from agent.config.file import ConfigFile
 from agent.config.settings import Settings
-from agent.kernel import addresses, kube_proxy
+from agent.kernel import kube_proxy
+from agent.kernel.addresses import AddressFollower
 from agent.kernel.affinity import AffinityWatch
 from agent.kernel.counters import CountersReader, KeptCounts
 from agent.kernel.errors import KernelError
@@ -39,12 +40,12 @@ from agent.kernel.reading import TableReader
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
 from agent.loop import Ask, Failed, Loop, Reports, Stop, WorkerFailed, difference
+from agent.serve.frontends import FrontendReader
 from agent.serve.health import HealthServer, Heartbeat, WatchAges
 from agent.serve.http import TcpAddress, UnixAddress, raise_descriptor_limit
 from agent.serve.localhost_ports import LocalhostPorts
 from agent.serve.metrics import Metrics, MetricsServer, Recorder, Watch
 from agent.worker import Worker
-from rules.counts import FrontendCounts, frontend_counts
 from rules.events import Event
 from rules.health_check import HealthCheck
 from rules.history import History
@@ -70,14 +71,18 @@ class CannotRun(Exception):
     """The agent cannot start or go on; the message gives the reason and the remedy."""
 
 
-class Source(Protocol):
-    """What gives the loop its events, in threads of its own."""
+class Part(Protocol):
+    """What runs in threads of its own."""
 
     def start(self) -> None:
         """Begins."""
 
     def stop(self) -> object:
         """Ends, and returns when it has."""
+
+
+Start = Callable[[Part], None]
+"""Starts a part that is to be stopped at the end."""
 
 
 def run(places: tuple[str, ...], settings: Settings, file: ConfigFile | None) -> None:
@@ -113,97 +118,67 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
     gc.disable()  # until the loop has programmed everything once, see `loop.LOAD_SECONDS`
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
+
+    def failed(name: str, error: Exception) -> None:
+        loop.put(Failed(name, error))
+
+    def start(part: Part) -> None:
+        stack.callback(part.stop)
+        part.start()
+
     with ExitStack() as stack:
         kept = KeptCounts() if settings.counters else None
-        kernel = stack.enter_context(Kernel(own=not settings.no_own, kept=kept))
-        chosen = settings.options()
-        queued: list[Callable[[Failed], None]] = []
-
-        def failed(name: str, error: Exception) -> None:
-            for put in queued:
-                put(Failed(name, error))
-
-        if kernel.families != FAMILIES:
-            logger.warning(
-                "address_family_unavailable", advice="Services are programmed for IPv4 alone"
-            )
-        served = stack.enter_context(_served(settings, logger, failed))
-        reports, ports = served.reports, _localhost_ports(settings, logger, failed)
-        if ports:
-            reports = _also_to(ports, reports)
+        kernel = stack.enter_context(_kernel(settings, kept, logger))
         ahead = read_ahead(kernel, logger)
+        if ahead:
+            stack.callback(ahead.stop)
+        served = _served(settings, logger, failed)
+        ports = _localhost_ports(settings, logger, failed)
         loop = Loop(
-            State(chosen),
+            State(settings.options()),
             kernel,
             logger,
             show_elements=settings.log_level == "debug",
-            reports=reports,
+            reports=_also_to(ports, served.reports) if ports else served.reports,
             ahead=ahead,
             expects_node=not places,
         )
-        queued.append(loop.put)
-        signals = StopSignals(lambda: loop.put(Stop()), failed)
-        stack.callback(signals.stop)
-        signals.start()
-
-        def put(events: Sequence[Event]) -> None:
-            loop.put(events)
-            if ports:
-                ports.update(events)
-
-        source = _source(places, settings, put, logger, served, failed=failed, stack=stack)
-        network = addresses.AddressFollower(loop.put, failed)
-        logger.info("started", node=chosen.node, owns_tables=bool(kernel.table_flags))
+        _start_servers(served, start)
+        start(StopSignals(lambda: loop.put(Stop()), failed))
+        put = _receiver(loop, ports)
+        source = _source(places, settings, put, logger, served, failed=failed, start=start)
+        logger.info("started", node=loop.state.options.node, owns_tables=bool(kernel.table_flags))
         if ahead:
-            _use_earlier_tables(reports.heartbeat, ahead, logger)
+            _use_earlier_tables(served.reports.heartbeat, ahead, logger)
         if not places:  # a trial with manifests must not configure the machine
             _set_oom_score(settings.oom_score_adj, logger)
             configure(settings.conntrack(), logger)
         _warn_of_kube_proxy(kernel, logger)
-        affinity = AffinityWatch(reports.recorder.remembered, logger, failed)
-        for worker in (network, affinity, *([ports] if ports else ())):
-            stack.callback(worker.stop)
-            worker.start()
+        start(AddressFollower(loop.put, failed))
+        start(AffinityWatch(served.reports.recorder.remembered, logger, failed))
+        if ports:
+            start(ports)
         counters = CountersReader(kept, TableReader) if kept else None
         if counters and settings.metrics_frontends:
-            snapshots = _Snapshots(loop)
-            reports.recorder.frontends_from(
-                lambda: _frontend_counts(snapshots, counters), settings.metrics_frontends
-            )
+            scraped = FrontendReader(lambda answer: loop.put(Ask(answer)), counters)
+            served.reports.recorder.frontends_from(scraped.read, settings.metrics_frontends)
         api = _api_server(
-            settings,
-            loop,
-            served,
-            logger,
-            failed=failed,
-            kernel=kernel,
-            counters=counters,
+            settings, loop, served, logger, failed=failed, kernel=kernel, counters=counters
         )
         if api:
-            stack.callback(api.stop)
-            api.start()
-        stack.callback(source.stop)
-        source.start()
+            start(api)
+        start(source)
         loop.run()
         logger.info("stopped", tables="left in place")
 
 
-def _post_events(
-    connection: Connection,
-    node: str,
-    served: _Served,
-    logger: FilteringBoundLogger,
-    *,
-    failed: Callable[[str, Exception], None],
-    stack: ExitStack,
-) -> None:
-    """Posts an Event for each problem from now on, until the stack is closed."""
-    from agent.sources.kubernetes.event_poster import EventPoster
-
-    poster = EventPoster(connection, node, logger, failed)
-    served.following.post = poster.opened
-    stack.callback(poster.stop, 1.0)  # a request that is not answered must not delay the end
-    poster.start()
+def _kernel(settings: Settings, kept: KeptCounts | None, logger: FilteringBoundLogger) -> Kernel:
+    kernel = Kernel(own=not settings.no_own, kept=kept)
+    if kernel.families != FAMILIES:
+        logger.warning(
+            "address_family_unavailable", advice="Services are programmed for IPv4 alone"
+        )
+    return kernel
 
 
 def _localhost_ports(
@@ -223,6 +198,18 @@ def _also_to(ports: LocalhostPorts, reports: Reports) -> Reports:
         ports.programmed()
 
     return reports._replace(health_checks=report)
+
+
+def _receiver(loop: Loop, ports: LocalhostPorts | None) -> Callable[[Sequence[Event]], None]:
+    """Where a source puts its events."""
+    if not ports:
+        return loop.put
+
+    def put(events: Sequence[Event]) -> None:
+        loop.put(events)
+        ports.update(events)
+
+    return put
 
 
 class _Following:
@@ -246,8 +233,11 @@ class _Following:
 
 
 class _Served(NamedTuple):
+    """What the loop reports to, and the servers that answer with it."""
+
     reports: Reports
     following: _Following
+    servers: Sequence[Part]
 
 
 def _use_earlier_tables(
@@ -289,8 +279,9 @@ def _source(
     served: _Served,
     *,
     failed: Callable[[str, Exception], None],
-    stack: ExitStack,
-) -> Source:
+    start: Start,
+) -> Part:
+    """What puts Services into the loop, not started. Raises CannotRun."""
     if places:
         from agent.sources.manifests.follower import ManifestError, ManifestFollower
 
@@ -319,17 +310,18 @@ def _source(
     served.following.watches = follower.status
     served.following.connection = connection
     if settings.post_events:
-        _post_events(connection, chosen.node, served, logger, failed=failed, stack=stack)
+        from agent.sources.kubernetes.event_poster import EventPoster
+
+        poster = EventPoster(connection, chosen.node, logger, failed)
+        served.following.post = poster.opened
+        start(poster)
     return follower
 
 
-@contextmanager
 def _served(
-    settings: Settings,
-    logger: FilteringBoundLogger,
-    failed: Callable[[str, Exception], None],
-) -> Iterator[_Served]:
-    """The health and metrics servers, while they run."""
+    settings: Settings, logger: FilteringBoundLogger, failed: Callable[[str, Exception], None]
+) -> _Served:
+    """The health and metrics servers, not started."""
     following = _Following()
     heartbeat, hard = Heartbeat(settings.healthz_timeout), settings.bind_address_hard_fail
     watches = WatchAges(following.ages, settings.watch_silence_limit, logger)
@@ -347,19 +339,21 @@ def _served(
         answered=recorder.probe_answered,
         each_tick=watches.report,
     )
-    servers: list[HealthServer | MetricsServer] = [health]
+    servers: list[Part] = [health]
     if metrics and bind:
         servers.append(MetricsServer(metrics, logger, failed, TcpAddress(*bind), hard_fail=hard))
-    with ExitStack() as stack:
-        try:
-            for server in servers:
-                stack.callback(server.stop)
-                server.start()
-        except OSError as error:
-            raise CannotRun(f"cannot serve health and metrics: {error}") from None
-        history = History(_seconds, settings.history_size)
-        reports = Reports(recorder, heartbeat, health.update, history, following.problems_opened)
-        yield _Served(reports, following)
+    history = History(_seconds, settings.history_size)
+    reports = Reports(recorder, heartbeat, health.update, history, following.problems_opened)
+    return _Served(reports, following, servers)
+
+
+def _start_servers(served: _Served, start: Start) -> None:
+    """Raises CannotRun if an address cannot be opened that must be (`bind_address_hard_fail`)."""
+    try:
+        for server in served.servers:
+            start(server)
+    except OSError as error:
+        raise CannotRun(f"cannot serve health and metrics: {error}") from None
 
 
 def _seconds(text: str) -> float | None:
@@ -427,35 +421,6 @@ def _api_server(
         UnixAddress(settings.api_socket) if settings.api_socket else None,
         TcpAddress(*bind) if bind else None,
     )
-
-
-SNAPSHOT_SECONDS = 1.0
-"""How long a scrape waits for the loop."""
-
-
-class _Snapshots:
-    """The state for scrapes: as it is now, or while the loop is busy, as it was last."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        self._last: State | None = None
-
-    def take(self) -> State | None:
-        """None before the loop's first answer."""
-        answers: queue.SimpleQueue[State] = queue.SimpleQueue()
-        self._loop.put(Ask(answers.put))
-        with suppress(queue.Empty):
-            self._last = answers.get(timeout=SNAPSHOT_SECONDS)
-        return self._last
-
-
-def _frontend_counts(snapshots: _Snapshots, counters: CountersReader) -> list[FrontendCounts]:
-    """What was counted at each frontend; nothing while that cannot be read."""
-    state = snapshots.take()
-    try:
-        return list(frontend_counts(state, counters.read())) if state else []
-    except KernelError:
-        return []
 
 
 def _chosen(settings: Settings) -> dict[str, str]:

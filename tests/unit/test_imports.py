@@ -180,9 +180,9 @@ START = LIGHTLY + (
     "import agent.run; from agent.config.file import merged; "
     "settings = merged(None, {}); log = agent.run.log.configure(); "
     "metrics = agent.run.Metrics(agent.run.__version__); "
-    "served = agent.run._Served(agent.run.Reports(metrics), agent.run._Following()); "
+    "served = agent.run._Served(agent.run.Reports(metrics), agent.run._Following(), ()); "
     "put = lambda events: None; "
-    "agent.run._source((), settings, put, log, served, failed=print, stack=None); "
+    "agent.run._source((), settings, put, log, served, failed=print, start=print); "
     "log.info('started'); print(*sys.modules)"
 )
 """What `run` does until it sends its first request, but for the kernel."""

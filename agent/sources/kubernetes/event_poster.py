@@ -37,6 +37,8 @@ it keeps Events (--event-ttl)."""
 REMEMBERED = 1000
 """So many posted problems are remembered for that."""
 REQUEST_SECONDS = 5.0
+STOP_SECONDS = 1.0
+"""The end of the agent waits for a request no longer than this."""
 REPORTER = "sliceproxy"
 
 _NOTE = 1000  # the API allows 1,024 bytes
@@ -97,7 +99,7 @@ class EventPoster(Worker):
                 return
             self._queue.put(problem)
 
-    def stop(self, seconds: float | None = None) -> bool:
+    def stop(self, seconds: float | None = STOP_SECONDS) -> bool:
         """See Worker. Problems that still wait are not posted."""
         self._ended = True
         self._queue.put(None)
