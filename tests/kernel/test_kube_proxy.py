@@ -366,12 +366,15 @@ def connection(world: World, pod: str, vip: str = VIP, port: int = 9000) -> Iter
     """A TCP connection from pod-3 to the VIP that stays open, as long as the pod's port is where
     it leads; yields a function that sends through it, both ways, and returns whether it got there.
     """
+    family = socket.AF_INET6 if ":" in vip else socket.AF_INET
     with ExitStack() as stack:
-        listener = stack.enter_context(world.socket(pod, socket.AF_INET, socket.SOCK_STREAM))
+        listener = stack.enter_context(world.socket(pod, family, socket.SOCK_STREAM))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(("", port))
         listener.listen()
-        client = stack.enter_context(world.socket("pod-3", socket.AF_INET, socket.SOCK_STREAM))
+        client = stack.enter_context(world.socket("pod-3", family, socket.SOCK_STREAM))
         client.settimeout(2)
         client.connect((vip, PORT))
         server = stack.enter_context(listener.accept()[0])
