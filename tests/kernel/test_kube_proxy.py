@@ -443,6 +443,20 @@ def test_over_x_tables_the_later_one_translates() -> None:
             assert answered_by(world, "pod-3", "client", "node") == {"pod-2"}
 
 
+def test_with_both_an_outside_client_is_masqueraded_and_answered(world: World) -> None:
+    """Both mark packets with 0x4000 and masquerade what has the mark, in whatever order."""
+    external = "203.0.113.9"
+    outside, slices = service(cluster_ips=[VIP], externalIPs=[external]), web()[1]
+    start_kube_proxy(world)
+    with Proxy(world) as proxy:
+        proxy.put(outside, slices)
+        for _ in range(2):
+            answer = world.ask("client", external, PORT)
+            assert (answer.server, answer.client) == ("pod-2", "172.31.0.2"), "the node's"
+            on_node(world, remove)
+            start_kube_proxy(world)  # its chains are the later ones now
+
+
 def test_what_is_left_of_kube_proxy_goes_on_refusing(world: World) -> None:
     """Why the leftovers must go: its check of 10.96.0.20 is in front of all translation."""
     start_kube_proxy(world)
