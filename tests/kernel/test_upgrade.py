@@ -1,7 +1,8 @@
 """From the last release to this tree and back, with connections and UDP flows running.
 
-The last release is taken from the repository's history, so it is the real one; where a clone has no
-history the test is skipped and says so.
+The last release is the one that CHANGELOG.md names below this version, and its tree is taken from
+the repository's history, so it is the real one. A shallow clone does not have it: the test is
+skipped and says what to fetch.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -33,14 +36,25 @@ from tests.manifest import endpoint, service_document, slice_document
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
 
 ROOT = Path(__file__).parents[2]
-# The one place that names the last release. Its tag is v0.1.0; a clone may have no tags.
-RELEASED = (
-    "0.1.0",
-    "5bf5d2665789619b8d5576176c2a3e09190621c6",
-    "from agent.cli import main; main()",
-)
-"""Version, commit, and the program that its entry point `sliceproxy` is."""
-THIS = "from agent.cli.main import main; main()"
+COMMITS = {"0.1.0": "5bf5d2665789619b8d5576176c2a3e09190621c6"}
+"""Of releases, for clones that have the history and no tags."""
+
+
+class Release(NamedTuple):
+    """A version, its tree, and what its program `sliceproxy` runs."""
+
+    version: str
+    tree: Path
+    program: str
+
+
+def release(version: str, tree: Path) -> Release:
+    scripts = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["sliceproxy"].partition(":")
+    return Release(version, tree, f"from {module} import {function}; {function}()")
+
+
+THIS = release(__version__, ROOT)
 
 VIP = {4: "10.96.0.10", 6: "fd00:10:96::10"}
 STICKY = {4: "10.96.0.20", 6: "fd00:10:96::20"}
@@ -48,24 +62,37 @@ STAY = "10.96.0.30"
 CROWD = {f"crowd-{number}": number for number in range(110, 118)}
 
 
+def last_release() -> str:
+    """The version of CHANGELOG.md below this one."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    this, last, *_ = re.findall(r"^## (\d+\.\d+\.\d+)", text, re.MULTILINE)
+    assert this == __version__
+    return str(last)
+
+
+def git(*arguments: str) -> bytes | None:
+    """What git prints, or None where it fails."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
 @pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tree of the last release."""
-    version, commit, _ = RELEASED
-    assert version != __version__, "name the release before this one"
-    done = subprocess.run(
-        ["git", "archive", "--format=tar", commit, "agent", "rules"],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(f"no history here, so no {version}: {done.stderr.decode()[:200]}")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """The last release."""
+    version = last_release()
+    for name in filter(None, (f"v{version}", COMMITS.get(version))):
+        tree = git("archive", "--format=tar", name, "agent", "rules", "pyproject.toml")
+        if tree is not None:
+            break
+    else:
+        pytest.skip(
+            f"no v{version} in this clone: git fetch --tags, and --unshallow if it is shallow"
+        )
     place = tmp_path_factory.mktemp("released")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(tree)) as tar:
         tar.extractall(place, filter="data")
     assert f'"{version}"' in (place / "agent/__init__.py").read_text()
-    return place
+    return release(version, place)
 
 
 @pytest.fixture
@@ -100,9 +127,12 @@ def documents() -> list[dict[str, Any]]:
 class Running:
     """One version of the agent. Leaving the context ends it as a DaemonSet's update does."""
 
-    def __init__(self, world: World, tree: Path, program: str, place: Path) -> None:
-        command = [sys.executable, "-c", program, "run", "--from", str(place), "--node", "node-1"]
-        self._process = world.popen("node", command, cwd=tree, stderr=subprocess.PIPE, text=True)
+    def __init__(self, world: World, release: Release, place: Path) -> None:
+        command = [sys.executable, "-c", release.program, "run", "--from", str(place)]
+        command += ["--node", "node-1"]
+        self._process = world.popen(
+            "node", command, cwd=release.tree, stderr=subprocess.PIPE, text=True
+        )
         self.lines: list[dict[str, Any]] = []
         self._ready = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
@@ -165,27 +195,28 @@ def sticky(world: World) -> dict[tuple[str, int], str | None]:
     }
 
 
-def test_upgrade_and_downgrade_lose_nothing(world: World, released: Path, tmp_path: Path) -> None:
+def test_upgrade_and_downgrade_lose_nothing(
+    world: World, released: Release, tmp_path: Path
+) -> None:
     """No connection fails, open ones go on, a UDP flow keeps its endpoint: from the last release to
     this tree, and back. Sticky clients keep their endpoints on the way up."""
     place = tmp_path / "cluster.json"
     write(place, *documents())
-    version, _, program = RELEASED
     with ExitStack() as traffic:
-        with Running(world, released, program, place):
+        with Running(world, released, place):
             stays = traffic.enter_context(connection(world, "pod-1", STAY, 9000))
             kept = sticky(world)
             assert len(set(kept.values())) > 1
             loops, flows = start_traffic(world, traffic)
             more(loops, flows)
-        assert stays(), f"{version} has stopped"
-        with Running(world, ROOT, THIS, place) as agent:
+        assert stays(), f"{released.version} has stopped"
+        with Running(world, THIS, place) as agent:
             more(loops, flows)
             assert stays()
             assert sticky(world) == kept
             assert not [line for line in agent.lines if line.get("level") == "error"]
         assert stays(), f"{__version__} has stopped"
-        with Running(world, released, program, place) as agent:
+        with Running(world, released, place) as agent:
             more(loops, flows)
             assert stays()
             # 0.1.0 makes a table again whose base chains have other rules, and forgets its clients
