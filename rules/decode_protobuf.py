@@ -282,10 +282,12 @@ _PARSERS: dict[str, Callable[[Any], Object]] = {
 }
 
 
-def decode(kind: str, data: bytes) -> Object:
-    """One object of a known kind from a message without an envelope. Raises InvalidObject."""
+def decode(kind: str, data: bytes) -> tuple[Object, str]:
+    """One object of a known kind from a message without an envelope, and its resource version.
+    Raises InvalidObject."""
     try:
-        return _PARSERS[kind](parse(kind, data))
+        message = parse(kind, data)
+        return _PARSERS[kind](message), message.metadata.resource_version
     except ValueError as error:
         raise InvalidObject(_subject(kind, data), str(error)) from None
 

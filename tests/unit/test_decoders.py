@@ -38,7 +38,7 @@ def in_json(kind: str, document: dict[str, Any]) -> Object:
 
 
 def in_protobuf(kind: str, document: dict[str, Any]) -> Object:
-    return decode_protobuf.decode(kind, protobuf.item(kind, document))
+    return decode_protobuf.decode(kind, protobuf.item(kind, document))[0]
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda p: p.stem)

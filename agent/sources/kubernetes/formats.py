@@ -104,6 +104,9 @@ class Format(Protocol):
     def record(self, kind: str, item: Encoded) -> Object:
         """An object of a known kind. Raises InvalidObject."""
 
+    def listed(self, kind: str, item: Encoded) -> tuple[Object, str]:
+        """An object and its resource version, in one pass. Raises InvalidObject."""
+
     def error(self, item: Encoded) -> Status:
         """The object of an ERROR event."""
 
@@ -220,6 +223,9 @@ class _Json:
 
     def record(self, kind: str, item: Encoded) -> Object:
         return decode.decode(kind, item)
+
+    def listed(self, kind: str, item: Encoded) -> tuple[Object, str]:
+        return decode.decode(kind, item), self.identity(item).version
 
     def error(self, item: Encoded) -> Status:
         status = decode_json(_statuses, item)

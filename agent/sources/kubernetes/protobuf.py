@@ -5,6 +5,8 @@ See `agent.sources.kubernetes.formats`.
 
 from __future__ import annotations
 
+import struct
+
 from agent.sources.kubernetes import formats
 from agent.sources.kubernetes.formats import (
     INITIAL_EVENTS_END,
@@ -22,6 +24,7 @@ from rules import decode_protobuf
 from rules.objects import Object
 
 _MAGIC = b"k8s\0"
+_LENGTH = struct.Struct("!I")
 
 
 class Frames:
@@ -34,14 +37,17 @@ class Frames:
         """See Splitter."""
         buffer, frames, start = self._buffer, [], 0
         buffer += data
-        while len(buffer) - start >= 4:
-            end = start + 4 + int.from_bytes(buffer[start : start + 4])
-            if end - start > formats.MAX_EVENT_BYTES:
-                raise EventTooLarge
-            if len(buffer) < end:
-                break
-            frames.append(bytes(buffer[start + 4 : end]))
-            start = end
+        available = len(buffer)
+        with memoryview(buffer) as view:
+            while available - start >= 4:
+                (length,) = _LENGTH.unpack_from(view, start)
+                if length > formats.MAX_EVENT_BYTES:
+                    raise EventTooLarge
+                end = start + 4 + length
+                if available < end:
+                    break
+                frames.append(bytes(view[start + 4 : end]))
+                start = end
         del buffer[:start]
         return frames
 
@@ -75,6 +81,9 @@ class _Protobuf:
         return Bookmark(metadata.resource_version, INITIAL_EVENTS_END in metadata.annotations)
 
     def record(self, kind: str, item: Encoded) -> Object:
+        return decode_protobuf.decode(kind, item)[0]
+
+    def listed(self, kind: str, item: Encoded) -> tuple[Object, str]:
         return decode_protobuf.decode(kind, item)
 
     def error(self, item: Encoded) -> Status:

@@ -244,6 +244,11 @@ class _PartialList:
             self.new[key] = found
         self.versions[key] = version
 
+    def add_new(self, found: Object, version: str) -> None:
+        """Adds an object of which no version is known."""
+        self.new[found.name] = found
+        self.versions[found.name] = version
+
     def remove(self, key: Name | str) -> None:
         """Removes an object that was deleted while the list was being sent."""
         self.versions.pop(key, None)
@@ -405,13 +410,13 @@ class Reflector:
         return []
 
     def _change(self, item: Encoded, *, deleted: bool) -> list[Event]:
+        if self._list is not None and not deleted:
+            self._listed(self._list, item)
+            return []
         identity = self._identity(item)
         key = self._key(identity)
         if self._list is not None:
-            if deleted:
-                self._list.remove(key)
-            else:
-                self._list.add(key, identity.version, lambda: self._decode(item))
+            self._list.remove(key)
             return []
         if _behind(self.version, identity.version):
             self._progressed()
@@ -424,6 +429,18 @@ class Reflector:
         found = self._decode(item)
         self.known[found.name if found else key] = identity.version
         return [Upsert(found)] if found else []
+
+    def _listed(self, partial: _PartialList, item: Encoded) -> None:
+        """Adds an object to a list. While none is known, all are new and decoded in one pass."""
+        if not self.known:
+            try:
+                partial.add_new(*self._format.listed(self.resource.kind, item))
+            except InvalidObject:
+                pass  # it is noted below, under its name if it has one
+            else:
+                return
+        identity = self._identity(item)
+        partial.add(self._key(identity), identity.version, lambda: self._decode(item))
 
     def _identity(self, item: Encoded) -> Identity:
         """Which object it is; one without a name is invalid."""
@@ -501,12 +518,7 @@ class Reflector:
         try:
             page = self._format.page(body)
             for item in page.items:
-                identity = self._identity(item)
-                partial.add(
-                    self._key(identity),
-                    identity.version,
-                    lambda item=item: self._decode(item),  # type: ignore[misc]
-                )
+                self._listed(partial, item)
         except ValueError as error:
             return self._failed(Failure("refused", f"the answer is not a list: {error}"))
         if page.token:
