@@ -35,7 +35,11 @@ from rules.language import (
 )
 from rules.netlink.attributes import attribute, nest, string, u32
 from rules.netlink.nftables import (
+    ICMP_PORT_UNREACH,
+    ICMPV6_PORT_UNREACH,
+    IPS_DST_NAT,
     NF_DROP,
+    NF_NAT_RANGE_PROTO_RANDOM_FULLY,
     NFPROTO,
     NFT_CMP_EQ,
     NFT_CMP_NEQ,
@@ -125,13 +129,11 @@ from rules.netlink.nftables import (
     NFTA_RULE_USERDATA,
     NFTA_VERDICT_CHAIN,
     NFTA_VERDICT_CODE,
+    RTN_LOCAL,
 )
 
-_IPS_DST_NAT = 0x20  # enum ip_conntrack_status
 _STATE_NEW = 0x8  # NF_CT_STATE_BIT(IP_CT_NEW)
-_RTN_LOCAL = 2  # an address of this machine
-_NF_NAT_RANGE_PROTO_RANDOM_FULLY = 0x10
-_PORT_UNREACHABLE = {4: 3, 6: 4}  # ICMP_PORT_UNREACH, ICMPV6_PORT_UNREACH
+_PORT_UNREACHABLE = {4: ICMP_PORT_UNREACH, 6: ICMPV6_PORT_UNREACH}
 _IFNAMSIZ = 16
 _CT_DST_IP = {4: NFT_CT_DST_IP, 6: NFT_CT_DST_IP6}
 _DPORT_OFFSET = 2
@@ -180,9 +182,9 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
         case Is(Predicate.NEW):
             yield from _has_bit(NFT_CT_STATE, _STATE_NEW)
         case Is(Predicate.TRANSLATED):
-            yield from _has_bit(NFT_CT_STATUS, _IPS_DST_NAT)
+            yield from _has_bit(NFT_CT_STATUS, IPS_DST_NAT)
         case Is(Predicate.UNTRANSLATED):
-            yield from _has_bit(NFT_CT_STATUS, _IPS_DST_NAT, NFT_CMP_EQ)
+            yield from _has_bit(NFT_CT_STATUS, IPS_DST_NAT, NFT_CMP_EQ)
         case Is(Predicate.FROM_HERE):
             yield expression(
                 "fib",
@@ -190,7 +192,7 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
                 u32(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE),
                 u32(NFTA_FIB_FLAGS, NFTA_FIB_F_SADDR),
             )
-            yield compare(NFT_CMP_EQ, struct.pack("=I", _RTN_LOCAL))
+            yield compare(NFT_CMP_EQ, struct.pack("=I", RTN_LOCAL))
         case IsProtocol(protocol):
             yield meta(NFT_META_L4PROTO)
             yield compare(NFT_CMP_EQ, bytes((protocol,)))
@@ -233,7 +235,7 @@ def _final(described: Final, family: int) -> bytes:
         case Final.RETURN:
             return _verdict(NFT_RETURN)
         case Final.MASQUERADE:
-            return expression("masq", u32(NFTA_MASQ_FLAGS, _NF_NAT_RANGE_PROTO_RANDOM_FULLY))
+            return expression("masq", u32(NFTA_MASQ_FLAGS, NF_NAT_RANGE_PROTO_RANDOM_FULLY))
         case Final.RESET:
             return expression("reject", u32(NFTA_REJECT_TYPE, NFT_REJECT_TCP_RST))
         case Final.REJECT:

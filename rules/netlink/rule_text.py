@@ -1,8 +1,13 @@
 """Rules of any table as text, from the expressions that the kernel lists.
 
-Our own rules read as `rules.text` writes them. Of other programs' rules what is known is written in
-nft's language, and an expression that is not known by its name in brackets: a rule is shown so that
-it can be recognized, not so that it can be loaded.
+Our own rules look as `rules.text` writes them. Other programs' rules are written in nft's language
+as far as their expressions are known; an unknown expression is its name in brackets. The text is
+for recognizing a rule, not for loading it.
+
+This is not the inverse of `rules.netlink.expressions`, and no table could serve both. That module
+writes our statements, each into a fixed series of expressions. This one meets any series, follows
+what each register holds, and knows keys that we never write. What they have in common are the
+kernel's constants.
 """
 
 from __future__ import annotations
@@ -16,21 +21,31 @@ from typing import NamedTuple
 from rules.netlink.attributes import Fields, attributes, fields, integer, text
 from rules.netlink.expressions import NFTNL_UDATA_RULE_COMMENT
 from rules.netlink.nftables import (
+    ICMP_PORT_UNREACH,
+    ICMPV6_PORT_UNREACH,
     NF_ACCEPT,
     NF_DROP,
+    NF_NAT_RANGE_PROTO_RANDOM_FULLY,
+    NF_QUEUE,
+    NFT_BREAK,
     NFT_CMP_EQ,
+    NFT_CONTINUE,
     NFT_CT_DIRECTION,
     NFT_CT_DST_IP,
     NFT_CT_DST_IP6,
+    NFT_CT_MARK,
     NFT_CT_PROTO_DST,
     NFT_CT_STATE,
     NFT_CT_STATUS,
     NFT_GOTO,
     NFT_JUMP,
     NFT_LOOKUP_F_INV,
+    NFT_META_IIF,
     NFT_META_IIFNAME,
     NFT_META_L4PROTO,
     NFT_META_MARK,
+    NFT_META_NFPROTO,
+    NFT_META_OIF,
     NFT_META_OIFNAME,
     NFT_NAT_DNAT,
     NFT_PAYLOAD_NETWORK_HEADER,
@@ -70,6 +85,7 @@ from rules.netlink.nftables import (
     NFTA_LOOKUP_SET,
     NFTA_LOOKUP_SREG,
     NFTA_MASQ_FLAGS,
+    NFTA_MATCH_NAME,
     NFTA_META_DREG,
     NFTA_META_KEY,
     NFTA_META_SREG,
@@ -86,26 +102,28 @@ from rules.netlink.nftables import (
     NFTA_REJECT_TYPE,
     NFTA_RULE_EXPRESSIONS,
     NFTA_RULE_USERDATA,
+    NFTA_TARGET_NAME,
     NFTA_VERDICT_CHAIN,
     NFTA_VERDICT_CODE,
+    RTN_LOCAL,
 )
 from rules.objects import PROTOCOL_NAMES
 
-_PORT_UNREACHABLE = (3, 4)  # ICMP_PORT_UNREACH, ICMPV6_PORT_UNREACH
+_PORT_UNREACHABLE = (ICMP_PORT_UNREACH, ICMPV6_PORT_UNREACH)
 _META = {
     NFT_META_MARK: "meta mark",
-    4: "iif",
-    5: "oif",
+    NFT_META_IIF: "iif",
+    NFT_META_OIF: "oif",
     NFT_META_IIFNAME: "iifname",
     NFT_META_OIFNAME: "oifname",
-    15: "meta nfproto",
+    NFT_META_NFPROTO: "meta nfproto",
     NFT_META_L4PROTO: "meta l4proto",
 }
 _CT = {
     NFT_CT_STATE: "ct state",
     NFT_CT_DIRECTION: "ct direction",
     NFT_CT_STATUS: "ct status",
-    3: "ct mark",
+    NFT_CT_MARK: "ct mark",
     NFT_CT_PROTO_DST: "ct original proto-dst",
     NFT_CT_DST_IP: "ct original ip daddr",
     NFT_CT_DST_IP6: "ct original ip6 daddr",
@@ -124,8 +142,7 @@ _PAYLOAD = {
     (NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2): "th dport",
 }
 _VERDICTS = {NF_DROP: "drop", NF_ACCEPT: "accept", NFT_RETURN: "return"}
-_QUEUE, _CONTINUE, _BREAK = 3, -1, -2
-_RTN_LOCAL = struct.pack("=I", 2)
+_RTN_LOCAL = struct.pack("=I", RTN_LOCAL)
 
 
 def verdict_text(data: bytes) -> str:
@@ -135,9 +152,9 @@ def verdict_text(data: bytes) -> str:
     if code in (NFT_JUMP, NFT_GOTO):
         verb = "jump" if code == NFT_JUMP else "goto"
         return f"{verb} {text(found.get(NFTA_VERDICT_CHAIN, b''))}"
-    if code in (_CONTINUE, _BREAK):
+    if code in (NFT_CONTINUE, NFT_BREAK):
         return "continue"
-    if code & 0xFF == _QUEUE:
+    if code & 0xFF == NF_QUEUE:
         return "queue"
     return _VERDICTS.get(code, f"verdict {code}")
 
@@ -196,8 +213,10 @@ class _Reader:
             "masq": self._masq,
             "reject": self._reject,
             "dynset": self._dynset,
-            "match": lambda data: self._say(f'xt match "{text(data.get(1, b""))}"'),
-            "target": lambda data: self._say(f'xt target "{text(data.get(1, b""))}"'),
+            "match": lambda data: self._say(f'xt match "{text(data.get(NFTA_MATCH_NAME, b""))}"'),
+            "target": lambda data: self._say(
+                f'xt target "{text(data.get(NFTA_TARGET_NAME, b""))}"'
+            ),
             "counter": lambda _: self._add("counter"),
         }
 
@@ -331,7 +350,7 @@ class _Reader:
         self._say(f"{kind} to {to}".rstrip())
 
     def _masq(self, data: Fields) -> None:
-        random = integer(data.get(NFTA_MASQ_FLAGS, b"")) & _RANDOM_FULLY
+        random = integer(data.get(NFTA_MASQ_FLAGS, b"")) & NF_NAT_RANGE_PROTO_RANDOM_FULLY
         self._say("masquerade fully-random" if random else "masquerade")
 
     def _reject(self, data: Fields) -> None:
@@ -348,9 +367,6 @@ class _Reader:
         seconds = integer(data.get(NFTA_DYNSET_TIMEOUT, b"")) // 1000
         timeout = f" timeout {seconds}s" if seconds else ""
         self._say(f"update @{text(data[NFTA_DYNSET_SET_NAME])} {{ {key}{timeout}{value} }}")
-
-
-_RANDOM_FULLY = 0x10  # NF_NAT_RANGE_PROTO_RANDOM_FULLY
 
 
 def _unit(register: bytes) -> int:
