@@ -22,11 +22,39 @@ import msgspec
 
 from rules.language import Set
 from rules.program import Claim, SetElement, Wanted
-from rules.slots import LADDER, Slots, assign, fitting
+from rules.slots import LADDER, Slots, assign, fitting, packed_slot
 from rules.stale_flows import Serving, is_udp, must_look
 from rules.tables import PLAIN, SETS, balancer, width_of
 from rules.target import Target
 from rules.text import Element, Key, Value
+
+
+class Additions:
+    """Elements to add to a map of endpoints: single ones, and whole new lists under their keys.
+
+    A start adds little else. The elements of a list are first made when they are encoded: 120
+    bytes each that are never held.
+    """
+
+    def __init__(self, single: Iterable[Element] = ()) -> None:
+        self.single = list(single)
+        self.lists: list[tuple[Key, Slots]] = []
+
+    def __len__(self) -> int:
+        return len(self.single) + sum(len(slots) for _, slots in self.lists)
+
+    def __iter__(self) -> Iterator[Element]:
+        yield from self.single
+        for key, slots in self.lists:
+            for index, target in enumerate(slots):
+                yield key + packed_slot(index), target
+
+    def append(self, element: Element) -> None:
+        """Adds a single element."""
+        self.single.append(element)
+
+
+ElementList = list[Element] | Additions
 
 
 class Change:
@@ -39,8 +67,8 @@ class Change:
     """
 
     def __init__(self) -> None:
-        self.removed: dict[Set, list[Element]] = {}
-        self.added: dict[Set, list[Element]] = {}
+        self.removed: dict[Set, ElementList] = {}
+        self.added: dict[Set, ElementList] = {}
         self.stale_affinity: set[int] = set()
         self.stale_udp: dict[Claim, Serving] = {}
         self.udp_serving: dict[Claim, Serving | None] = {}
@@ -58,9 +86,10 @@ class Change:
 
     def add_slots(self, owner: Set, key: Key, slots: Slots) -> None:
         """Notes all slots of a new list: most of a start's elements."""
-        self.added.setdefault(owner, []).extend(
-            [(key + _slot(index), target) for index, target in enumerate(slots)]
-        )
+        added = self.added.get(owner)
+        if not isinstance(added, Additions):
+            added = self.added[owner] = Additions(added or ())
+        added.lists.append((key, slots))
 
     @property
     def operations(self) -> int:
@@ -173,7 +202,7 @@ def elements(claim: Claim, installed: Installed) -> Iterator[SetElement]:
     for slots, inside in ((installed.slots, False), (installed.inside, True)):
         owner = _endpoint_map(claim, inside=inside)
         for index, target in enumerate(slots):
-            yield owner, claim.key + _slot(index), target
+            yield owner, claim.key + packed_slot(index), target
     yield from installed.wanted.elements
 
 
@@ -201,7 +230,7 @@ def advance(
         else:
             lost = lost or bool(had_slots)
             for index, target in enumerate(had_slots):
-                change.remove(owner, claim.key + _slot(index), target)
+                change.remove(owner, claim.key + packed_slot(index), target)
             if has_slots:
                 change.add_slots(owner, claim.key, has_slots)
     had = before.wanted.elements if before else frozenset()
@@ -282,13 +311,9 @@ def _endpoint_map(claim: Claim, *, inside: bool) -> Set:
     return sets.endpoint_map(node_port=claim.verdicts is sets.service_nodeports, inside=inside)
 
 
-def _slot(index: int) -> bytes:
-    return index.to_bytes(4, sys.byteorder)
-
-
 def _move(owner: Set, key: Key, moves: tuple[Move, ...], change: Change) -> None:
     for index, old, new in moves:
-        slot = key + _slot(index)
+        slot = key + packed_slot(index)
         if old is not None:
             change.remove(owner, slot, old)
         if new is not None:

@@ -23,6 +23,7 @@ worst, in a width that the Service has shrunk in and is about to leave, up to 13
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from rules.target import Target
@@ -64,6 +65,11 @@ def fitting(count: int, current: int = 0) -> int:
 
 Slots = tuple[Target, ...]
 """The endpoint in each slot, from slot 0, without holes."""
+
+
+def packed_slot(slot: int) -> bytes:
+    """A slot as it ends a key of the endpoint maps."""
+    return slot.to_bytes(4, sys.byteorder)
 
 
 def assign(before: Slots, wanted: Sequence[Target]) -> Slots:

@@ -15,7 +15,7 @@ from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple
 
 from rules import text as nft
-from rules.diff import Change
+from rules.diff import Additions, Change
 from rules.language import FAMILY_NAME, Chain, Set, Table
 from rules.netlink.batch import Batch
 from rules.netlink.counters import Count
@@ -158,7 +158,11 @@ def encode(  # noqa: PLR0912
         for chain in (*t.new_chains, *t.rewritten):
             batch.new_rules(t.family, TABLE, chain)
     for owner, elements in transaction.change.added.items():
-        batch.add_elements(TABLE, owner, elements, counts.get(owner))
+        if isinstance(elements, Additions) and not counts.get(owner):
+            batch.add_slots(TABLE, owner, elements.lists)
+            batch.add_elements(TABLE, owner, elements.single)
+        else:
+            batch.add_elements(TABLE, owner, elements, counts.get(owner))
     for t in transaction.tables:
         for name in t.old_chains:
             batch.delete_chain(t.family, TABLE, name)

@@ -5,14 +5,14 @@ The kernel applies all of it or nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 from rules.language import Chain, Set
 from rules.netlink.attributes import nest, string, u32
 from rules.netlink.counters import Count, encode_counted
-from rules.netlink.elements import encode_elements, encode_keys
+from rules.netlink.elements import encode_elements, encode_keys, encode_slots
 from rules.netlink.expressions import rule_body
 from rules.netlink.messages import (
     NFGENMSG,
@@ -22,6 +22,7 @@ from rules.netlink.messages import (
     NLM_F_REQUEST,
     SEQUENCES,
     message,
+    message_header,
 )
 from rules.netlink.nftables import (
     NF_ACCEPT,
@@ -123,7 +124,7 @@ class Batch:
         sequence = first
         for kind, flags, body, _ in self._parts:
             sequence = (sequence + 1) % SEQUENCES
-            parts.append(message(kind, NLM_F_REQUEST | flags, sequence, body))
+            parts += message_header(kind, NLM_F_REQUEST | flags, sequence, len(body)), body
         sequence = (sequence + 1) % SEQUENCES
         parts.append(message(NFNL_MSG_BATCH_END, NLM_F_REQUEST | NLM_F_ACK, sequence, _BATCH))
         return b"".join(parts)
@@ -192,6 +193,16 @@ class Batch:
         else:
             encoded = encode_elements(owner, elements)
         self._elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, table, owner, encoded)
+
+    def add_slots(
+        self, table: str, owner: Set, lists: Iterable[tuple[Key, Sequence[bytes]]]
+    ) -> None:
+        """Adds the elements of whole lists; see `encode_slots`."""
+        head = _elements_of(table, owner.name)
+        for elements in encode_slots(owner, lists, _MAX_NEST):
+            body = head + nest(NFTA_SET_ELEM_LIST_ELEMENTS, elements)
+            subject = f"elements of {owner.name}"
+            self.add(NFT_MSG_NEWSETELEM, owner.family, body, NLM_F_CREATE, subject)
 
     def delete_elements(self, table: str, owner: Set, elements: Iterable[Element]) -> None:
         """Deletes elements by their keys. One that is absent fails the transaction."""

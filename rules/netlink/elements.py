@@ -7,7 +7,7 @@ which only key and data change, and read back by fixed strides.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 from rules.language import Set
@@ -25,6 +25,7 @@ from rules.netlink.nftables import (
     NFTA_SET_ELEM_KEY_END,
     NFTA_VERDICT_CHAIN,
 )
+from rules.slots import packed_slot
 from rules.text import Element, Key, Value
 
 _KEY_START = 12  # three headers: the list's element, NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE
@@ -49,6 +50,27 @@ def encode_elements(owner: Set, elements: Iterable[Element]) -> list[bytes]:
         return encode_keys(owner, elements)
     head, middle = _around_key_and_data(owner)
     return [head + key + middle + value for key, value in elements if isinstance(value, bytes)]
+
+
+def encode_slots(
+    owner: Set, lists: Iterable[tuple[Key, Sequence[bytes]]], most: int
+) -> Iterator[bytes]:
+    """The elements of lists, in portions of whole elements of at most `most` bytes. The elements
+    of a list have its key with the slot behind it, 0 and on, and the target in that slot."""
+    head, middle = _around_key_and_data(owner)
+    size = len(head) + owner.key_length + len(middle) + owner.data_length
+    portion = most // size * size
+    behind: list[bytes] = []  # what is between the key of a list and a target, by slot
+    pending = bytearray()
+    for key, slots in lists:
+        behind += [packed_slot(n) + middle for n in range(len(behind), len(slots))]
+        start = head + key
+        pending += b"".join([start + b + t for b, t in zip(behind, slots, strict=False)])
+        while len(pending) > portion:
+            yield bytes(pending[:portion])
+            del pending[:portion]
+    if pending:
+        yield bytes(pending)
 
 
 @cache

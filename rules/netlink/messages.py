@@ -44,7 +44,12 @@ def messages(data: bytes) -> Iterator[Message]:
 
 def message(kind: int, flags: int, sequence: int, content: bytes) -> bytes:
     """One message."""
-    return NLMSG_HEADER.pack(16 + len(content), kind, flags, sequence, 0) + content
+    return message_header(kind, flags, sequence, len(content)) + content
+
+
+def message_header(kind: int, flags: int, sequence: int, length: int) -> bytes:
+    """The header of a message whose content has this length, a multiple of 4."""
+    return NLMSG_HEADER.pack(16 + length, kind, flags, sequence, 0)
 
 
 def error_of(content: bytes, flags: int) -> tuple[int, str]:

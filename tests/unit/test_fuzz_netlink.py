@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from agent.kernel import watcher
 from agent.kernel.conntrack import decode, parse
+from rules.diff import Additions
 from rules.netlink import elements as subject
 from rules.netlink.attributes import (
     NLA_F_NESTED,
@@ -25,7 +26,12 @@ from rules.netlink.attributes import (
     nest,
     text,
 )
-from rules.netlink.elements import decode_elements, encode_elements, join_ranges
+from rules.netlink.elements import (
+    decode_elements,
+    encode_elements,
+    encode_slots,
+    join_ranges,
+)
 from rules.netlink.messages import NLMSG_HEADER, error_of, message, messages
 from rules.netlink.nftables import NFTA_LIST_ELEM
 from rules.stale_flows import Flow
@@ -164,3 +170,20 @@ def test_conntrack_entries(family: int, content: bytes) -> None:
     survives(lambda: parse(content))
     survives(lambda: decode(data, 16, len(data)))
     survives(lambda: decode(data, 16, min(len(data), 18)))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@given(lengths=st.lists(st.integers(1, 40), max_size=8), most=st.integers(80, 1000))
+def test_lists_are_encoded_as_their_elements_one_by_one(family, lengths, most):
+    """In portions that are no longer than the message may be, none with a part of an element."""
+    owner = SETS[family].endpoints
+    added = Additions()
+    for number, length in enumerate(lengths):
+        key = bytes([number]) * (owner.key_length - 4)
+        added.lists.append((key, tuple(bytes([n]) * owner.data_length for n in range(length))))
+    one_by_one = encode_elements(owner, added)
+    portions = list(encode_slots(owner, added.lists, most))
+    assert b"".join(portions) == b"".join(one_by_one)
+    assert len(added) == len(one_by_one)
+    size = len(one_by_one[0]) if one_by_one else 1
+    assert all(0 < len(p) <= most and len(p) % size == 0 for p in portions)
