@@ -27,7 +27,7 @@ burst         all endpoints of all Services replaced at once
 api           the agent's API: the loop's pause, answers, changes while it is polled
 first-packet  what a connection's first packet through a cluster IP takes longer
 connections   opened a second, and the throughput of one, with our rules, others and none
-conntrack     a UDP endpoint goes while the table holds a million flows
+conntrack     a UDP endpoint is removed while the table holds a million flows
 growth        load at more sizes, for the curve
 all           all of these, then profile and report (about 15 minutes)
 

@@ -1,7 +1,7 @@
-"""A large conntrack table in which a UDP endpoint goes: CPU, and how long the loop is kept waiting.
+"""A UDP endpoint is removed beside a large conntrack table: CPU, and how long the loop waits.
 
 The flows are made by ctnetlink in a namespace of their own, with the addresses of cluster IPs and
-endpoints; few of them lead to the endpoint that goes. The agent's own flow cleaner deletes those.
+endpoints; few of them lead to the removed endpoint. The agent's own flow cleaner deletes those.
 Python runs one thread at a time, so the loop waits while the cleaner holds the interpreter; a
 thread that sleeps for a millisecond at a time measures the longest wait.
 """
@@ -149,7 +149,7 @@ def _fill(flows: int) -> None:
 
 
 def _flow(number: int) -> bytes:
-    """A UDP flow through a cluster IP; the first STALE ones lead to the endpoint that goes."""
+    """A UDP flow through a cluster IP; the first STALE ones lead to the removed endpoint."""
     service = 1 if number < STALE else 10 + number % _SERVICES
     client, port = _packed(_CLIENTS + (number >> 14)), 1024 + (number & 16383)
     address, pod = _packed(_CLUSTER_IPS + service), _packed(_PODS + service)

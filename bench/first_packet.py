@@ -215,7 +215,7 @@ def _send(where: tuple[str, int], count: int) -> None:
 
 
 def _sinks(world: World, host: str, ports: int) -> list[socket.socket]:
-    """Sockets that take what comes and answer nothing."""
+    """Sockets that accept everything and answer nothing."""
 
     def make() -> list[socket.socket]:
         made = []

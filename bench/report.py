@@ -438,7 +438,7 @@ def _conntrack(runs: Runs) -> Iterable[str]:
         extra = metrics["deleted beyond those concerned"]["most"]
         yield "## A large conntrack table"
         yield ""
-        yield f"{size} in the table, and a UDP endpoint goes that has 500 of them: the loop waits"
+        yield f"{size} in the table, and a UDP endpoint with 500 of them is removed: the loop waits"
         yield f"{wait:.1f} ms at the longest (goal 20, {_verdict(wait, 20)}; without any work here:"
         yield f"{run['notes']['waits_while_idle_ms']:.1f} ms), {cpu:.2f} s of CPU in the cleaner's"
         yield f"thread (goal 0.5, {_verdict(cpu, 0.5)}), {metrics['memory']['median']:.1f} MiB more"

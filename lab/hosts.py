@@ -43,7 +43,7 @@ class Answer:
     """"answered": a server of the World replied.
     "refused": a TCP reset or an ICMP port unreachable came back.
     "silent": nothing came back in time.
-    "unreachable": no route, or an ICMP error that says so or prohibits it."""
+    "unreachable": no route, or an ICMP error of type unreachable or prohibited."""
     server: str | None
     """The name of the host that answered; None unless answered."""
     client: str | None

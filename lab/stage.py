@@ -2,8 +2,8 @@
 
 A `Stage` is a small cluster. Its state is a directory of manifests, a copy of the examples. Its
 agent is a process, `sliceproxy run` in the namespace of the World's node, which follows that
-directory. The stage does not sleep: a change is programmed when the agent's log, read from a pipe,
-says so.
+directory. The stage does not sleep: it reads the agent's log from a pipe, which reports what is
+programmed.
 
 Everything is removed on every exit. A KeyboardInterrupt could be raised between any two steps, also
 while the stage is built or removed, or inside a lock of the standard library that is then never
@@ -163,7 +163,7 @@ class Stage:
         self._exits.close()
 
     def _serve(self) -> None:
-        """Every pod listens, whether an endpoint says so or not."""
+        """Every pod listens, whether it is an endpoint or not."""
         for host in self.world.hosts.values():
             if host.machine:
                 self.world.serve(host.name, 8080, "tcp")

@@ -6,7 +6,7 @@ records (`rules.objects`) and the names of sets, and nothing else.
 
 Two functions make the same kind of thing, a `Picture`, and a test compares the two:
 
-- `expected` paints it from the objects, step by step as the specification goes;
+- `expected` paints it from the objects, in the order of the specification;
 - `observed` reads it out of elements that were dumped from a kernel, and beside it the `Slots`
   and widths, about which a picture says nothing: the position of an endpoint in a list is free.
 """
@@ -336,8 +336,8 @@ class Answer(NamedTuple):
 def answers(objects: Objects, options: Options) -> dict[Where, Answer]:
     """Who answers where, and how.
 
-    A cluster IP comes before every external address; of external addresses those with endpoints
-    come first; then the older Service. Where a node port answers, no external address does.
+    A cluster IP has precedence over every external address, one with endpoints over one without,
+    the older Service over the younger. Where a node port answers, no external address does.
     """
     claims: dict[Where, list[tuple[bool, bool, Answer]]] = {}
     for service in proxied(objects, options):

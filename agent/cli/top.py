@@ -21,7 +21,7 @@ from agent.cli.client import Client, socket_flag
 from agent.cli.output import console
 from rules.counts import FrontendCounts, by_service
 
-NOBODY = "(no Service)"
+NO_SERVICE = "(no Service)"
 
 
 class Rates(NamedTuple):
@@ -41,7 +41,7 @@ def rates(before: list[FrontendCounts], after: list[FrontendCounts], seconds: fl
         # less than before: the Service was made again, and counts from 0
         gained = [now - was if now >= was else now for now, was in zip(counts, base, strict=True)]
         if any(gained):
-            name = f"{namespace}/{service}" if service else NOBODY
+            name = f"{namespace}/{service}" if service else NO_SERVICE
             found.append(Rates(name, *(number / seconds for number in gained)))
     return sorted(found, key=lambda r: (-sum(r[1:]), r.name))
 

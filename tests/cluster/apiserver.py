@@ -420,8 +420,8 @@ class ApiServer:
     def watching(self, *resources: str) -> bool:
         """Whether there are watches of all of these that have received everything."""
         with self._lock:
-            told = {w.kind.plural for w in self._watches if w.version == self.version}
-            return set(resources) <= told
+            served = {w.kind.plural for w in self._watches if w.version == self.version}
+            return set(resources) <= served
 
     # the server
 
@@ -621,7 +621,7 @@ class ApiServer:
         limit = int(query.get("limit", "0")) or len(found)
         metadata: Document = {"resourceVersion": str(version)}
         if len(found) > limit:
-            # what comes after a key, in etcd's order
+            # the keys after a key, in etcd's order
             namespace, name = found[limit - 1][0]
             metadata["continue"] = _token(version, (namespace, name + "\0"))
         body = encoding.list(
@@ -767,7 +767,7 @@ class ApiServer:
             return
         if watch.cut:
             await response.write(line[: len(line) // 2])
-            await asyncio.sleep(0.01)  # so that the half is on its way before the reset
+            await asyncio.sleep(0.01)  # so that the half has been sent before the reset
             assert watch.request.transport
             watch.request.transport.close()
             watch.ending = True

@@ -218,7 +218,7 @@ class Cluster:
         return [name for _, name in self.server.objects("Service") if name != "web"]
 
     def churn(self) -> None:
-        """A Service comes, one goes, one changes, and so do the endpoints of `web`."""
+        """A Service is added, one removed, one changed, and so are the endpoints of `web`."""
         self._turns += 1
         self.web(*random.Random(self._turns).sample(SERVERS, 1 + self._turns % len(SERVERS)))
         self.other(6 + self._turns)

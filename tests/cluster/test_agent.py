@@ -193,7 +193,7 @@ def no_answers(cluster: Cluster) -> None:
 
 
 def undecodable(cluster: Cluster) -> None:
-    """Of `web` and its slice at once: it goes on as it was, and everything else changes."""
+    """Of `web` and its slice at once: it stays as it was, and everything else changes."""
     first, key = len(cluster.lines), ("default", "web")
     slice_key = ("default", "web-ipv4")
     good = cluster.server.objects("Service")[key]
@@ -325,8 +325,8 @@ def test_sigterm_ends_it_at_once_whatever_the_server_does(
 
 
 def test_sigterm_ends_it_at_once_while_it_connects(cluster: Cluster) -> None:
-    nobody = "http://172.31.0.77:6443"
-    with Agent(cluster.world, None, "--server", nobody) as agent:
+    unreachable = "http://172.31.0.77:6443"
+    with Agent(cluster.world, None, "--server", unreachable) as agent:
         agent.wait("started")
         time.sleep(0.3)
         started = time.monotonic()

@@ -265,7 +265,7 @@ def test_service_cidrs_are_optional(server: ApiServer, code: int) -> None:
         run.check()
 
 
-def test_an_api_server_that_comes_later(server: ApiServer) -> None:
+def test_an_api_server_that_starts_later(server: ApiServer) -> None:
     server.down()
     with Run(server) as run:
         entry = run.wait_logged(AWAY)
@@ -384,9 +384,9 @@ def test_a_busy_server_is_waited_for_as_it_asks(run: Run) -> None:
     server.answer(429, resource="services", times=1, retry_after=1)
     server.abort()
     run.wait_logged("api_server_busy")
-    told = time.monotonic()
+    refused = time.monotonic()
     run.reaches("meanwhile")
-    assert time.monotonic() - told > 0.9
+    assert time.monotonic() - refused > 0.9
     assert len([s for s in server.seen[before:] if s.resource == "services"]) <= 4
 
 
@@ -418,10 +418,10 @@ def test_410(run: Run, as_status: bool) -> None:
     server.put(service_document("meanwhile"))
     server.put(service_document("web-5", cluster_ips=["10.96.7.7"]))
     server.compact()
-    told = len(run.inbox.lists)
+    before = len(run.inbox.lists)
     server.up()
     run.check()
-    news = [e for events in run.inbox.lists[told:] for e in events]
+    news = [e for events in run.inbox.lists[before:] for e in events]
     assert len(news) == 4
     relists = {s.resource: s.relists for s in run.follower.status()}
     assert relists["services"] == relists["endpointslices"] == 1
@@ -791,11 +791,11 @@ def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file = kubeconfig(tmp_path, "http://environment", {})
     monkeypatch.setenv("KUBECONFIG", str(file))
     assert connect().server == "http://environment"
-    (tmp_path / "told").mkdir()
-    told = kubeconfig(tmp_path / "told", "http://told", {"token": "t"})
-    assert connect(str(told)).server == "http://told"
-    assert connect(str(told), "here").server == "http://told"
-    assert connect(str(told), server="http://override/").server == "http://override"
+    (tmp_path / "explicit").mkdir()
+    explicit = kubeconfig(tmp_path / "explicit", "http://explicit", {"token": "t"})
+    assert connect(str(explicit)).server == "http://explicit"
+    assert connect(str(explicit), "here").server == "http://explicit"
+    assert connect(str(explicit), server="http://override/").server == "http://override"
 
 
 def certificate(place: Path) -> tuple[Path, Path]:
@@ -855,14 +855,14 @@ def test_tls(tmp_path: Path) -> None:
 
 
 def stopped_in_time(run: Run) -> None:
-    told = len(run.inbox.lists)
+    before = len(run.inbox.lists)
     started = time.monotonic()
     run.follower.stop()
     assert time.monotonic() - started < 1.0
     run.follower.stop()
     run.server.heal()
     run.server.put(service_document("too-late"))
-    assert len(run.inbox.lists) == told
+    assert len(run.inbox.lists) == before
 
 
 def test_stop_while_watching(run: Run) -> None:

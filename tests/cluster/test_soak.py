@@ -1,4 +1,4 @@
-"""A hundred thousand events through the real agent: exact all the way, and no leak.
+"""A hundred thousand events through the real agent: every state is exact, and nothing leaks.
 
 Connections break now and then.
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make na
 EVENTS = int(os.environ.get("SLICEPROXY_SOAK_EVENTS", "100000"))
 SERVICES = 300
 BATCHES = {1: 60, 10: 20, 100: 4, 1000: 1}
-"""How many events come at once, and how often."""
+"""How many events happen at once, and how often."""
 CHECKS = 10
 MISSED = 20
 MOST_GROWTH_MB = 10.0
@@ -146,7 +146,7 @@ def server(
 
 
 def disturb(server: ApiServer, event: Callable[[ApiServer], None], part: int) -> None:
-    """Connections break, each time in another way; what comes next is cut or missed."""
+    """Connections break, each time differently; later events are cut or missed."""
     match part % 3:
         case 0:
             server.cut_next("services")
@@ -192,13 +192,13 @@ def test_soak(
             memory.append(resident(agent.process.pid))
         seconds = time.monotonic() - began
         assert agent.terminate() == 0
-    told = Counter(line["event"] for line in agent.lines)
+    logged = Counter(line["event"] for line in agent.lines)
     sizes = ", ".join(f"{m:.1f}" for m in memory)
     with capsys.disabled():
         print(
             f"\n{EVENTS} events in {seconds:.0f} s, {EVENTS / in_play:.0f}/s while they came;"
-            f" {told['programmed']} transactions; RSS in MB {sizes};"
-            f" log {dict(told)}"
+            f" {logged['programmed']} transactions; RSS in MB {sizes};"
+            f" log {dict(logged)}"
         )
     assert not errors(agent)
     lists = [s for s in api.seen if s.resource == "services" and "sendInitialEvents" in s.query]

@@ -62,7 +62,7 @@ _source_ports = itertools.cycle(range(10000, 29000))
 TRIES = 12
 """So many connections show that no other endpoint answers; more follow until all expected have."""
 MOST_TRIES = 400
-# A refusal comes at once, or a second later when TCP repeats its SYN; the latter is not enough.
+# A refusal arrives at once, or a second later when TCP repeats its SYN; the latter is not enough.
 REFUSAL_SECONDS = 0.9
 SILENCE_SECONDS = 0.2
 ANSWER_SECONDS = 5.0

@@ -303,7 +303,7 @@ def test_a_longer_timeout_keeps_clients_beyond_the_shorter_one(
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
-def test_clients_of_an_endpoint_that_goes_move_on_and_the_others_stay(
+def test_clients_of_a_removed_endpoint_move_and_the_others_stay(
     proxy: Start, net: Net, crowd: Crowd, frontend: str
 ) -> None:
     p = proxy(cluster_cidr=CLUSTER_CIDR)
@@ -412,7 +412,7 @@ def test_a_service_leaves_no_clients_behind_and_others_keep_theirs(
         assert len(set(crowd.ask(net.at("cluster-ip")).values())) > 1
 
 
-def test_an_address_that_goes_takes_its_clients_along(proxy: Start, net: Net, crowd: Crowd) -> None:
+def test_clients_of_a_removed_address_are_forgotten(proxy: Start, net: Net, crowd: Crowd) -> None:
     p = proxy(cluster_cidr=CLUSTER_CIDR)
     p.put(sticky(net), net.slice(*ENDPOINTS))
     for frontend in FRONTENDS:

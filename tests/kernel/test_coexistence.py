@@ -130,7 +130,7 @@ NODE_DOCUMENT = {
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    """One each: what x_tables have once made in a namespace never goes away."""
+    """One each: what x_tables has created in a namespace is never removed."""
     with World(pods=3, remotes=0, prefix="sliceproxy-coexist") as built:
         for pod in ("pod-1", "pod-2"):
             built.serve(pod, 8080)

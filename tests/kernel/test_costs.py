@@ -109,7 +109,7 @@ sizes = pytest.mark.parametrize("size", [4, 3000])
 
 
 @pytest.mark.parametrize("size", [3, 3000])
-def test_an_endpoint_that_comes_costs_one_operation_per_address(proxy, size):
+def test_an_added_endpoint_takes_one_operation_per_address(proxy, size):
     proxy.put(web(), *slices(list(range(size))))
     transaction = proxy.put(*slices(list(range(size + 1))))
     counts = operations(transaction)
@@ -125,7 +125,7 @@ def test_an_endpoint_that_comes_costs_one_operation_per_address(proxy, size):
 @pytest.mark.parametrize(
     ("place", "each"), [("first", 3), ("middle", 3), ("last", 1)], ids=["first", "middle", "last"]
 )
-def test_an_endpoint_that_goes_costs_three_per_address_and_one_if_it_was_last(
+def test_a_removed_endpoint_takes_three_operations_per_address_and_one_if_it_was_last(
     proxy, size, place, each
 ):
     numbers = list(range(size))

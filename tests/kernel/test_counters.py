@@ -180,7 +180,9 @@ def test_counts_survive_a_restart_and_a_recreated_table(net: Net) -> None:
     assert found == (4, {}, {})
 
 
-def test_the_agent_goes_on_counting_after_sigkill_and_reports(net: Net, tmp_path: Path) -> None:
+def test_the_kernel_still_counts_after_sigkill_and_the_next_agent_reports_it(
+    net: Net, tmp_path: Path
+) -> None:
     """At /v1/counters, /v1/services and /metrics; without counters it reports none."""
     place, api = tmp_path / "objects.json", str(tmp_path / "api.sock")
     objects = (

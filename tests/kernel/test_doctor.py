@@ -301,7 +301,7 @@ ports: [{port: 8080}]
 """
 
 
-def test_the_command_judges_the_objects_too_and_its_exit_code_tells(tmp_path: Path) -> None:
+def test_the_command_checks_the_objects_and_its_exit_code_reports_failures(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(NODE)
 
     def ask(*flags: str) -> tuple[int, dict[str, Any]]:

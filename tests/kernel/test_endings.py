@@ -1,4 +1,4 @@
-"""The real agent where the machine is short of something: it goes on, or ends with one line."""
+"""The real agent where the machine is short of something: it continues, or ends with one line."""
 
 from __future__ import annotations
 

@@ -416,15 +416,15 @@ class Histories(RuleBasedStateMachine):
         self._tell(more, Delete(Service, name))
 
     @precondition(lambda self: self.services)
-    @rule(data=st.data(), created=st.sampled_from(AGES), told=st.booleans(), more=st.booleans())
+    @rule(data=st.data(), created=st.sampled_from(AGES), notified=st.booleans(), more=st.booleans())
     def recreate_service(
-        self, data: st.DataObject, created: str | None, told: bool, more: bool
+        self, data: st.DataObject, created: str | None, notified: bool, more: bool
     ) -> None:
         """The same Service, older or younger than before; its deletion is seen or missed."""
         name = self._one_of(data, self.services)
         document = copy.deepcopy(self.services[name])
         document["metadata"]["creationTimestamp"] = created
-        if told:
+        if notified:
             self.events.append(Delete(Service, name))
         self._put_service(document, more)
 
@@ -481,7 +481,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.slices)
     @rule(data=st.data(), more=st.booleans())
     def change_endpoint(self, data: st.DataObject, more: bool) -> None:
-        """One endpoint comes, goes, is replaced or becomes another in its place."""
+        """One endpoint is added, removed, replaced, or changed in its place."""
         name = self._one_of(data, self.slices)
         document = copy.deepcopy(self.slices[name])
         found = document["endpoints"]
@@ -511,7 +511,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.slices)
     @rule(data=st.data(), service=st.sampled_from("abc"), more=st.booleans())
     def move_slice(self, data: st.DataObject, service: str, more: bool) -> None:
-        """A slice comes to belong to another Service."""
+        """A slice gets the label of another Service."""
         document = copy.deepcopy(self.slices[self._one_of(data, self.slices)])
         document["metadata"]["labels"]["kubernetes.io/service-name"] = service
         self._put_slice_document(document, more)
@@ -573,7 +573,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("kx"), cidrs=st.none() | some(CIDRS), more=st.booleans())
     def change_service_cidr(self, name: str, cidrs: list[str] | None, more: bool) -> None:
-        """One of two overlapping ServiceCIDRs comes, changes, or (None) goes."""
+        """One of two overlapping ServiceCIDRs is added, changed, or (None) removed."""
         if cidrs is None:
             self.cidrs.pop(name, None)
             self._tell(more, Delete(ServiceCIDR, name))

@@ -72,7 +72,7 @@ def list_with_nft(world: World) -> str:
     return str(listing)
 
 
-def told(*documents: Any) -> tuple[list[Object], list[InvalidObject]]:
+def decoded(*documents: Any) -> tuple[list[Object], list[InvalidObject]]:
     """Documents as a source decodes them: records, and what is none."""
     found = list(decode_any(json.dumps({"kind": "List", "items": documents}).encode()))
     return (
@@ -154,7 +154,7 @@ INVALID = {
 @pytest.mark.parametrize("document", INVALID.values(), ids=INVALID)
 def test_what_is_no_object_is_named_and_hides_nothing(proxy, document):
     good = [json.loads(json.dumps(d)) for d in (service("good"), service("other"))]
-    records, invalid = told(good[0], document, good[1])
+    records, invalid = decoded(good[0], document, good[1])
     assert [r.name.name for r in records] == ["good", "other"]
     (error,) = invalid
     assert error.subject
@@ -197,10 +197,10 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize(("document", "word"), PROBLEMS.values(), ids=PROBLEMS)
-def test_a_value_nobody_can_use_is_noted_for_its_object_alone(proxy, document, word):
-    (record,), invalid = told(document)
+def test_an_unusable_value_is_noted_for_its_object_alone(proxy, document, word):
+    (record,), invalid = decoded(document)
     assert not invalid
-    beside = () if isinstance(record, Service) else told(service())[0]
+    beside = () if isinstance(record, Service) else decoded(service())[0]
     objects = (*GOOD, *beside, record)
     proxy.put(*objects)
     (problem,) = proxy.state.problems.collect(1.0).opened
@@ -239,7 +239,7 @@ STRANGE = {
         service(type="NodePort", ports=[{"port": p, "nodePort": 30000} for p in (80, 81, 82)]),
         piece("10.0.0.1"),
     ),
-    "everybody and nobody as sources": (
+    "all sources and none": (
         balanced("0.0.0.0/0", "::/0", "0.0.0.0/32"),
         piece("10.0.0.1"),
     ),
@@ -288,7 +288,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("documents", STRANGE.values(), ids=STRANGE)
 def test_strange_but_legal_objects_leave_the_others_working(proxy, documents):
-    records, invalid = told(*documents)
+    records, invalid = decoded(*documents)
     assert not invalid
     proxy.put(*GOOD, *records)
     seen = picture(proxy)
@@ -334,7 +334,7 @@ def test_no_text_of_an_object_reaches_the_kernel_or_the_dry_run(proxy, text):
     )
     node["metadata"]["labels"] = {"topology.kubernetes.io/zone": text, text: text}
     cidr = {"kind": "ServiceCIDR", "metadata": {"name": text}, "spec": {"cidrs": ["10.96.0.0/16"]}}
-    records, invalid = told(document, evil_slice, node, cidr)
+    records, invalid = decoded(document, evil_slice, node, cidr)
     assert not invalid
     transaction = proxy.put(*records)
     assert transaction.change.added[SETS[4].endpoints], "the endpoint was programmed"
@@ -423,7 +423,7 @@ def assert_as_wanted(proxy: Proxy, *groups: tuple[Object, ...]) -> None:
 
 @contested
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
-def test_the_oldest_keeps_the_address_whatever_came_first(proxy, kind, order):
+def test_the_oldest_keeps_the_address_in_any_order_of_events(proxy, kind, order):
     known = rivals(kind, a=YOUNG, b=OLD, c="2026-02-02T00:00:00Z")
     for name in order:
         proxy.put(*known[name])
@@ -450,7 +450,7 @@ def test_at_one_age_the_first_by_namespace_and_name_keeps_it(proxy, kind, order)
     assert proxy.state.services[Name("default", "a")].age < known["b"][0].age
 
 
-def test_at_one_age_the_namespace_comes_before_the_name(proxy):
+def test_at_one_age_the_namespace_decides_before_the_name(proxy):
     same = {"cluster_ips": ["10.96.0.10"]}
     for namespace, name, address in (("b", "a", "10.244.9.2"), ("a", "b", "10.244.9.1")):
         proxy.put(
@@ -469,7 +469,7 @@ def test_a_service_without_an_age_has_the_weakest_claim(proxy, kind):
 
 
 @contested
-def test_the_address_is_handed_over_when_its_holder_goes_and_back(proxy, kind):
+def test_the_address_passes_to_another_when_its_holder_is_deleted_and_back(proxy, kind):
     known = rivals(kind, a=OLD, b=YOUNG)
     proxy.put(*known["a"], *known["b"])
     assert holder(proxy, kind) == "a"
@@ -492,8 +492,8 @@ def test_the_address_is_handed_over_when_its_holder_gives_it_up(proxy, kind):
 
 
 @contested
-@pytest.mark.parametrize("missed", [False, True], ids=["told", "missed"])
-def test_a_holder_that_was_made_anew_gives_the_address_to_who_is_older_now(proxy, kind, missed):
+@pytest.mark.parametrize("missed", [False, True], ids=["notified", "missed"])
+def test_a_recreated_holder_gives_the_address_to_the_older_service(proxy, kind, missed):
     """Deletion and creation may come as one change: in one transaction, or in one relist, where
     nothing shows but another creation time."""
     known = rivals(kind, a=OLD, b=YOUNG)

@@ -284,7 +284,7 @@ def test_a_chain_that_a_stranger_uses_stays(world: World, family: int) -> None:
 
 
 @needs_iptables
-def test_somebody_writes_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_writes_meanwhile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     restore(world, 4, "nft", KUBE_PROXYS)
     send, interruptions = Kernel.send, []
 
@@ -457,7 +457,7 @@ def test_with_both_an_outside_client_is_masqueraded_and_answered(world: World) -
             start_kube_proxy(world)  # its chains are the later ones now
 
 
-def test_what_is_left_of_kube_proxy_goes_on_refusing(world: World) -> None:
+def test_kube_proxys_leftovers_still_refuse(world: World) -> None:
     """Why the leftovers must go: its check of 10.96.0.20 is in front of all translation."""
     start_kube_proxy(world)
     with Proxy(world) as proxy:

@@ -253,7 +253,7 @@ OUTCOMES = {"answered": "sent", "refused": "refused", "silent": "dropped"}
 def test_explain_says_what_packets_do(
     live: Live, asker: str, address: str, port: int, protocol: str
 ) -> None:
-    """From the kernel's own elements: sent where the answer comes from, refused, or dropped."""
+    """From the kernel's own elements: sent where the answer is from, refused, or dropped."""
     source = live.world.hosts[asker].ipv4
     found = live.record("explain", f"{address}:{port}/{protocol}", "--from-address", source)
     assert found["from_kernel"] is True

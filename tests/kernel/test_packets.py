@@ -114,7 +114,7 @@ def test_pods_of_the_node_are_those_in_the_cidrs_of_its_node_object(proxy: Start
     p.check()
 
 
-def test_a_bridge_is_told_by_its_whole_name_and_a_prefix_by_its_beginning(
+def test_a_bridge_is_matched_by_its_whole_name_and_a_prefix_by_its_beginning(
     proxy: Start, net: Net
 ) -> None:
     p = proxy(**DETECTORS["BridgeInterface"])  # vethpod3
@@ -571,7 +571,7 @@ def test_ranges_may_overlap_touch_and_change(proxy: Start, net: Net) -> None:
             net.expect_silence(net.at("balancer-ip"), "client")
 
 
-def test_ranges_of_the_other_family_let_nobody_in(proxy: Start, net: Net) -> None:
+def test_ranges_of_the_other_family_admit_no_client(proxy: Start, net: Net) -> None:
     p = proxy()
     p.put(
         net.service(loadBalancerSourceRanges=["::/0" if net.family == 4 else "0.0.0.0/0"]),
@@ -673,7 +673,7 @@ def test_an_unallocated_cluster_ip_is_silent(proxy: Start, net: Net) -> None:
 def test_an_unallocated_cluster_ip_is_dropped_on_the_node(
     proxy: Start, net: Net, world: World
 ) -> None:
-    """It is not merely lost on its way: an address that would answer is not reached either."""
+    """The packet is not merely lost: an address that would answer is not reached either."""
     p = proxy()
     with served_at(world, "elsewhere", net.unallocated_ip):
         net.expect_silence((net.unallocated_ip, TARGET_PORT))
@@ -812,7 +812,7 @@ STARTING = (False, False, False)
 NOT_READY_SERVING = (False, True, False)
 LEAVING = (False, True, True)
 GONE = (False, False, True)
-NOBODY: tuple[str, ...] = ()
+NO_ENDPOINT: tuple[str, ...] = ()
 
 # pod-1, pod-2, remote-1; who answers under policy Cluster; who under policy Local
 CONDITIONS = {
@@ -827,12 +827,12 @@ CONDITIONS = {
         ("pod-2",),
         ("pod-2",),
     ),
-    "serving is not leaving": ((NOT_READY_SERVING,) * 3, NOBODY, NOBODY),
+    "serving is not leaving": ((NOT_READY_SERVING,) * 3, NO_ENDPOINT, NO_ENDPOINT),
     "leaving not while ready": ((READY, LEAVING, LEAVING), ("pod-1",), ("pod-1",)),
     "all leaving": ((LEAVING, GONE, LEAVING), ("pod-1", "remote-1"), ("pod-1",)),
     "leaving beside starting": ((LEAVING, STARTING, STARTING), ("pod-1",), ("pod-1",)),
     "leaving here, ready elsewhere": ((LEAVING, GONE, READY), ("remote-1",), ("pod-1",)),
-    "all gone": ((GONE, GONE, GONE), NOBODY, NOBODY),
+    "all gone": ((GONE, GONE, GONE), NO_ENDPOINT, NO_ENDPOINT),
 }
 
 
@@ -1078,7 +1078,7 @@ def test_sctp_has_its_elements(proxy: Start, net: Net, frontend: str) -> None:
 
 def rivals(net: Net) -> tuple[Any, Any]:
     """Two Services that want one external IP, one balancer IP and one node port; the older one
-    comes later by name."""
+    is later by name."""
     older = net.service("older", created="2026-01-01T00:00:00Z")
     younger = net.service(
         "another", created="2026-01-02T00:00:00Z", cluster_ips=[net.other_cluster_ip]
@@ -1165,14 +1165,14 @@ class Conversations:
         self._pairs.append((near, self._stack.enter_context(far)))
 
     def expect_all_to_work(self) -> None:
-        """What the client says reaches the endpoint and comes back, in each of them."""
+        """In each of them, what the client sends reaches the endpoint and returns."""
         for near, far in self._pairs:
             near.sendall(b"question")
             far.sendall(far.recv(100))
             assert near.recv(100) == b"question"
 
 
-def test_a_tcp_connection_goes_on_when_its_endpoint_leaves(proxy: Start, net: Net) -> None:
+def test_a_tcp_connection_continues_when_its_endpoint_is_removed(proxy: Start, net: Net) -> None:
     p = proxy(cluster_cidr=CLUSTER_CIDR)
     p.put(net.service(), net.slice("pod-1", ports=both_protocols(9003)))
     changes = (
@@ -1208,7 +1208,7 @@ def nft(commands: str) -> None:
 
 
 @pytest.mark.parametrize("bit", [0, 14, 15, 31])
-def test_masquerading_uses_the_bit_it_is_told_and_clears_it(
+def test_masquerading_uses_the_configured_bit_and_clears_it(
     proxy: Start, net: Net, world: World, bit: int
 ) -> None:
     """And leaves the bits of others as they were: a packet without them is dropped at the end."""

@@ -202,7 +202,7 @@ def test_a_commit_elsewhere_does_not_make_it_read_all_elements_again(
 
 
 @pytest.mark.parametrize("changes", [False, True], ids=["changes nothing more", "changes them"])
-def test_an_owner_that_goes_later(world: World, begin: Begin, changes: bool) -> None:
+def test_an_owner_that_exits_later(world: World, begin: Begin, changes: bool) -> None:
     with connect(world, own=True) as kernel:
         if not kernel.table_flags:
             pytest.skip("this kernel has no owned tables (Linux 6.9)")

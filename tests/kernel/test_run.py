@@ -316,7 +316,7 @@ def test_node_ports_follow_the_addresses_of_the_node(world: World, place: Path) 
         assert agent.wait("programmed", since=first)["elements"] == "nodeport-ips -1"
 
 
-def test_sticky_clients_of_an_endpoint_that_went_meanwhile_are_forgotten(
+def test_sticky_clients_of_an_endpoint_removed_meanwhile_are_forgotten(
     world: World, place: Path
 ) -> None:
     write(place, *documents(1, sessionAffinity="ClientIP"))
@@ -364,7 +364,7 @@ def many(name: str, cluster_ip: str, octet: int) -> list[dict[str, Any]]:
 
 
 @needs_nft
-def test_a_map_that_is_full_is_made_anew_with_more_room(world: World, place: Path) -> None:
+def test_a_full_map_is_recreated_with_more_room(world: World, place: Path) -> None:
     """A map with 5,002 elements has room for half as many again, and 5,000 come."""
 
     def room() -> int:

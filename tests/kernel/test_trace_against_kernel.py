@@ -70,7 +70,7 @@ MODES = {
     "pods by one interface": Settings(
         node="node-1", detect_local_mode="BridgeInterface", pod_bridge_interface="vethpod1"
     ).options(),
-    "pods not told": Settings(node="node-1").options(),
+    "pods not identified": Settings(node="node-1").options(),
     "masquerade all": Settings(
         node="node-1", cluster_cidr="10.244.0.0/16,fd00:10:244::/48", masquerade_all=True
     ).options(),
@@ -78,7 +78,7 @@ MODES = {
 
 
 def forget_connections(world: World) -> None:
-    """No connection of before decides about one that comes."""
+    """No earlier connection decides about a later one."""
 
     def flush() -> None:
         with NFCTSocket() as conntrack:
@@ -272,7 +272,7 @@ class Differing(NamedTuple):
     """A question whose packet and trace came to other ends."""
 
     question: Question
-    told: set[Meeting]
+    predicted: set[Meeting]
     met: set[Meeting]
 
 
@@ -364,22 +364,22 @@ class Inquiry:
 
     def compare(self, question: Question) -> Differing | None:
         branches = self.trace(question).branches
-        told = {self.expected(question, branch) for branch in branches}
+        predicted = {self.expected(question, branch) for branch in branches}
         met = set()
-        silent = [meeting.outcome == "silent" for meeting in told]
+        silent = [meeting.outcome == "silent" for meeting in predicted]
         timeout = SILENCE if all(silent) else MIXED if any(silent) else PATIENCE
-        for _ in range(ENOUGH if len(told) > 1 else 3):
+        for _ in range(ENOUGH if len(predicted) > 1 else 3):
             met.add(self.meet(question, timeout))
-            if timeout == SILENCE or met - told or (met == told and len(told) > 1):
+            if timeout == SILENCE or met - predicted or (met == predicted and len(predicted) > 1):
                 break
-        return None if met == told else Differing(question, told, met)
+        return None if met == predicted else Differing(question, predicted, met)
 
     def differing(self, questions: Sequence[Question]) -> list[Differing]:
         """The questions whose packets and traces come to other ends, each time."""
         assert questions
         with ThreadPoolExecutor(24) as pool:
             doubtful = [found for found in pool.map(self.compare, questions) if found]
-        # Masquerading draws ports, and may have drawn one that a packet of the node comes from:
+        # Masquerading draws ports, and may have drawn the source port of a packet of the node:
         # then the kernel gives that packet another port. Asked alone, it keeps its own.
         if len(doubtful) > MOST_DOUBTFUL:
             return doubtful

@@ -214,7 +214,7 @@ def slices(world: World, *pods: str, leaving: Sequence[str] = ()) -> list[Endpoi
 
 @both_families
 @every_way
-def test_when_its_endpoint_goes_a_client_reaches_another_at_once(
+def test_a_client_of_a_removed_endpoint_reaches_another_at_once(
     world: World, proxy: UdpProxy, way: str, family: int
 ) -> None:
     host, addresses, port = WAYS[way]
@@ -242,8 +242,8 @@ def test_nothing_is_deleted_while_an_endpoint_serves(
         identity = proxy.identity(client, family)
         others = [pod for pod in PODS if pod != mine]
         for change in (
-            slices(world, mine, others[0]),  # another goes
-            slices(world, mine, *others),  # and comes
+            slices(world, mine, others[0]),  # another one is removed
+            slices(world, mine, *others),  # and added
             slices(world, *others, leaving=[mine]),  # this one is leaving
             [dns(externalTrafficPolicy="Local", internalTrafficPolicy="Local")],
             [dns(sessionAffinity="ClientIP")],
@@ -278,7 +278,7 @@ def test_a_client_keeps_its_flow_over_a_restart(world: World, proxy: UdpProxy, f
 
 
 @both_families
-def test_what_went_stale_during_a_restart_is_all_that_is_deleted(
+def test_only_flows_that_became_stale_during_a_restart_are_deleted(
     world: World, proxy: UdpProxy, family: int
 ) -> None:
     proxy.put(dns(), *slices(world, *PODS))
@@ -324,7 +324,7 @@ def test_a_flow_begun_without_endpoints_recovers_when_one_appears(
         assert proxy.flow(client, family) is None  # refused before conntrack keeps it
         proxy.put(*slices(world, "pod-1"))
         assert client.ask(addresses[family], port) == "pod-1"
-        # the last one goes, and comes again
+        # the last one is removed, and added again
         proxy.put(*slices(world))
         assert proxy.deleted == {family: 1}
         assert client.ask(addresses[family], port, patience=0.1) is None
@@ -411,7 +411,7 @@ def test_an_endpoint_that_leaves_the_local_list_keeps_its_flows(
         proxy.put(*slices(world, "pod-2", leaving=["pod-1", "remote-1"]))
         assert client.ask(EXTERNAL[family], PORT) == "pod-1"
         assert proxy.identity(client, family) == identity
-        # and if nothing local is left at all, new flows are dropped but this one goes on
+        # and if nothing local is left at all, new flows are dropped but this one continues
         moved = [
             endpoint_slice(
                 "dns",

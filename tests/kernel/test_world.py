@@ -58,7 +58,7 @@ def test_a_port_without_a_server_refuses_every_time(world, server, protocol, fam
 @families
 @protocols
 @pytest.mark.parametrize("asker", ["node", "pod-1", "client", "remote-1"])
-def test_an_address_nobody_has_is_silent(world, asker, protocol, family):
+def test_an_address_without_an_owner_is_silent(world, asker, protocol, family):
     answer = world.ask(asker, UNKNOWN[family], 80, protocol, timeout=0.2)
     assert answer.outcome == "silent"
     assert answer.server is None
@@ -106,7 +106,7 @@ def test_an_icmp_error_of_a_router_is_unreachable_at_once(world, protocol, famil
     ],
 )
 @pytest.mark.parametrize("place", [("node", "output"), ("client", "forward")], ids="-".join)
-def test_drop_and_reject_are_told_apart(  # noqa: PLR0917 - pytest passes them by name
+def test_drop_and_reject_are_distinguished(  # noqa: PLR0917 - pytest passes them by name
     world, place, verdict, outcome, protocol, family
 ):
     """Also on the node itself, where the kernel returns EPERM from send() for both."""
@@ -151,7 +151,7 @@ def test_masquerading_takes_the_nodes_address(world, protocol, family):
 
 @families
 @protocols
-def test_a_question_comes_from_the_port_and_address_asked_for(world, protocol, family):
+def test_a_question_is_sent_from_the_given_address_and_port(world, protocol, family):
     extra = {socket.AF_INET: "172.31.0.150/24", socket.AF_INET6: "fd00:172:31::150/64"}[family]
     address = extra.partition("/")[0]
     world.add_address("client", extra, interface="eth0")

@@ -65,7 +65,7 @@ VICTIM = one("dns", DNS_IP, 53, YOUNG)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_a_cluster_ip_comes_before_an_older_external_ip(order):
+def test_a_cluster_ip_has_precedence_over_an_older_external_ip(order):
     """A tenant with an older `externalIPs: [10.96.0.10]` takes nothing of a re-created DNS."""
     objects = (VICTIM, behind("dns", "10.244.9.1"), THIEF, behind("thief", "10.244.9.2"))
     state = started()
@@ -104,7 +104,7 @@ AT_NODE = one("grabber", "10.96.0.4", 30080, OLD, externalIPs=[OWN])
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_a_node_port_comes_before_an_external_ip_that_is_the_nodes(order):
+def test_a_node_port_has_precedence_over_an_external_ip_that_is_the_nodes(order):
     objects = (NODE_PORT, behind("ported", "10.244.9.1"), AT_NODE, behind("grabber", "10.244.9.2"))
     state = started()
     for index in order:

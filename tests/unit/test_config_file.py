@@ -508,7 +508,7 @@ def test_addresses_to_listen_at(text: str, bind: Bind) -> None:
 
 
 def test_the_documentation_is_made_from_the_declarations() -> None:
-    """Of a changed option or field the documentation says so, or this test does."""
+    """Generating it again changes nothing."""
     assert document.updated(DOCS.read_text()) == DOCS.read_text()
 
 

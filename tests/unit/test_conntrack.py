@@ -56,7 +56,7 @@ CLIENT = at("10.244.1.9", 40000)
 BY_IP = Claim(SETS[4].service_ips, destination_key(packed("10.96.0.10"), UDP, 53))
 BY_NODE_IP = Claim(SETS[4].service_ips, destination_key(packed("172.31.0.2"), UDP, 30053))
 BY_PORT = Claim(SETS[4].service_nodeports, destination_key(b"", UDP, 30053))
-BOTH, NOBODY = frozenset((A, B)), frozenset[bytes]()
+BOTH, NONE = frozenset((A, B)), frozenset[bytes]()
 
 
 def on_node(address: bytes) -> bool:
@@ -69,13 +69,15 @@ def on_node(address: bytes) -> bool:
         pytest.param(VIP, A, {BY_IP: BOTH}, {}, False, id="to an endpoint that serves"),
         pytest.param(VIP, A, {BY_IP: {B}}, {}, True, id="to one that no longer serves"),
         pytest.param(VIP, C, {BY_IP: BOTH}, {}, True, id="to another port of an endpoint"),
-        pytest.param(VIP, A, {BY_IP: ()}, {}, True, id="to the last one, which has gone"),
+        pytest.param(VIP, A, {BY_IP: ()}, {}, True, id="to the last one, which was removed"),
         pytest.param(VIP, VIP, {BY_IP: BOTH}, {}, True, id="never translated"),
-        pytest.param(VIP, VIP, {BY_IP: ()}, {}, False, id="never translated, and still nobody"),
+        pytest.param(
+            VIP, VIP, {BY_IP: ()}, {}, False, id="never translated, and still no endpoint"
+        ),
         pytest.param(VIP, VIP, {BY_IP: {VIP}}, {}, False, id="the endpoint has the same address"),
         pytest.param(VIP, A, {}, {}, False, id="no Service's address"),
         pytest.param(VIP, A, {}, {BY_IP: BOTH}, True, id="a deleted Service's, to its endpoint"),
-        pytest.param(VIP, C, {}, {BY_IP: BOTH}, False, id="a deleted Service's, to somebody else"),
+        pytest.param(VIP, C, {}, {BY_IP: BOTH}, False, id="a deleted Service's, to another target"),
         pytest.param(VIP, VIP, {}, {BY_IP: BOTH}, False, id="a deleted Service's, untranslated"),
         pytest.param(VIP, A, {BY_IP: BOTH}, {BY_IP: {A}}, False, id="still right after a change"),
         pytest.param(OTHER, A, {BY_IP: {B}}, {}, False, id="elsewhere"),
@@ -87,7 +89,12 @@ def on_node(address: bytes) -> bool:
             at("172.31.0.9", 30053), A, {BY_PORT: {B}}, {}, False, id="port of another machine"
         ),
         pytest.param(
-            NODE, A, {BY_NODE_IP: {A}, BY_PORT: {B}}, {}, False, id="an address goes before a port"
+            NODE,
+            A,
+            {BY_NODE_IP: {A}, BY_PORT: {B}},
+            {},
+            False,
+            id="an address has precedence over a port",
         ),
         pytest.param(
             NODE, A, {BY_PORT: {A}}, {BY_NODE_IP: {B}}, False, id="a node port takes over"
@@ -116,9 +123,9 @@ def test_an_untranslated_flow_in_another_zone_is_another_stage_of_the_way() -> N
 @pytest.mark.parametrize(
     ("before", "after", "look"),
     [
-        (NOBODY, NOBODY, False),
-        (NOBODY, {A}, True),
-        ({A}, NOBODY, True),
+        (NONE, NONE, False),
+        (NONE, {A}, True),
+        ({A}, NONE, True),
         ({A}, {A}, False),
         ({A}, {A, B}, False),
         ({A, B}, {B}, True),
@@ -136,13 +143,13 @@ def test_when_to_look(before: set[bytes], after: set[bytes], look: bool) -> None
     came=st.booleans(),
     goes=st.booleans(),
 )
-def test_what_nobody_looks_at_is_not_stale(
+def test_a_flow_that_no_look_covers_is_not_stale(
     before: Serving, after: Serving, came: bool, goes: bool
 ) -> None:
     """Every flow that became stale by a change is found, because the change makes one look."""
     had, has = (None if came else before), (None if goes else after)
-    looked = must_look(had or NOBODY, has or NOBODY)
-    formerly = {BY_IP: had or NOBODY} if looked else {}
+    looked = must_look(had or NONE, has or NONE)
+    formerly = {BY_IP: had or NONE} if looked else {}
     for target in (A, B, C, VIP):
         flow = Flow(CLIENT, VIP, target)
         was = is_stale(flow, lambda _: had, on_node, {})
@@ -352,7 +359,7 @@ def test_only_udp_and_only_losses_make_one_look(here: Node) -> None:
 
 def test_the_first_endpoint_makes_one_look(here: Node) -> None:
     assert here.look(Upsert(pods())).keys() == {BY_IP, BY_PORT}
-    assert here.look(Upsert(pods(1))) == {BY_IP: NOBODY, BY_PORT: NOBODY}
+    assert here.look(Upsert(pods(1))) == {BY_IP: NONE, BY_PORT: NONE}
 
 
 def test_a_deleted_service_makes_one_look(here: Node) -> None:
@@ -366,7 +373,7 @@ def test_a_deleted_service_makes_one_look(here: Node) -> None:
 
 def test_an_address_that_begins_to_answer_at_node_ports(here: Node) -> None:
     new = here.look(Upsert(node(addresses=["172.31.0.7"])))
-    assert new == {BY_PORT: NOBODY}
+    assert new == {BY_PORT: NONE}
     assert here.is_stale(at("172.31.0.7", 30053), at("172.31.0.7", 30053))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from click.testing import CliRunner
 
-from agent.cli.top import NOBODY, Rates, rates, table
+from agent.cli.top import NO_SERVICE, Rates, rates, table
 from agent.config.settings import Settings
 from agent.kernel.counters import CountersReader, KeptCounts
 from rules import text as nft
@@ -134,7 +134,7 @@ def test_rates_are_by_service_the_busiest_first() -> None:
     assert rates(before, [*after, counts("", 0, 2)], 2.0) == [
         Rates("shop/web", 3.0, 3.0, 0.0),
         Rates("shop/made-again", 4.0, 0.0, 0.0),
-        Rates(NOBODY, 0.0, 1.0, 0.0),
+        Rates(NO_SERVICE, 0.0, 1.0, 0.0),
     ]
     assert table([Rates("shop/web", 3.0, 3.0, 0.0)] * 3, 2).row_count == 2
 

@@ -145,7 +145,7 @@ def test_used_ones_come_first_with_the_reasons_of_both_policies() -> None:
     ]
 
 
-def test_a_copy_in_another_slice_stands_beside_the_one_that_counts() -> None:
+def test_a_copy_in_another_slice_is_shown_beside_the_one_that_counts() -> None:
     found = table(
         web(),
         endpoint_slice("web", [endpoint("10.0.0.1", ready=False)], name="web-a"),

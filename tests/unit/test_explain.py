@@ -184,7 +184,7 @@ def test_an_address_that_asks_is_put_into_its_class(address: str, who: str) -> N
     assert [(a.who, a.address) for a in found.asked] == [(who, address)]
 
 
-def test_a_local_endpoint_is_a_pod_even_if_no_network_tells() -> None:
+def test_a_local_endpoint_is_a_pod_even_if_no_network_identifies_pods() -> None:
     state = stepped(web(), behind(LOCAL), cluster_cidr="")
     (asked,) = explain(state, "10.96.0.10:80", LOCAL).asked
     assert asked.who == POD
@@ -195,7 +195,7 @@ def test_an_asker_of_the_other_family_is_an_error() -> None:
     with pytest.raises(QuestionError, match="one is IPv4 and the other IPv6"):
         explain(stepped(web()), "10.96.0.10:80", "fd00::1")
     with pytest.raises(QuestionError, match="no IP address; write it like"):
-        explain(stepped(web()), "10.96.0.10:80", "somebody")
+        explain(stepped(web()), "10.96.0.10:80", "some-pod")
 
 
 def test_source_ranges_have_an_asker_on_either_side() -> None:
@@ -266,7 +266,7 @@ def test_a_state_that_knows_nothing_still_answers() -> None:
         ("192.0.2.9:80", "no Service has 192.0.2.9"),
     ],
 )
-def test_why_nobody_answers(question: str, reason: str) -> None:
+def test_why_there_is_no_answer(question: str, reason: str) -> None:
     meshed = msgspec.structs.replace(
         service("meshed", cluster_ips=["10.96.0.30"]), proxy_name="mesh"
     )

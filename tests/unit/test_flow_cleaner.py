@@ -21,7 +21,7 @@ from rules.objects import UDP
 from rules.program import Claim
 from rules.stale_flows import Flow, FlowFilter, Look
 from rules.tables import SETS
-from tests.unit.test_conntrack import BOTH, BY_IP, BY_PORT, CLIENT, NOBODY, NODE, VIP, A, B, packed
+from tests.unit.test_conntrack import BOTH, BY_IP, BY_PORT, CLIENT, NODE, VIP, A, B, packed
 
 Judge = Callable[[Flow], bool]
 NONE = frozenset[bytes]()
@@ -45,7 +45,7 @@ class FakeConntrack:
         done = threading.Event()
         self.requests.put((claims, is_stale, done))
         while not done.wait(0.01):
-            is_stale(Flow(CLIENT, VIP, A, 99))  # as a dump that goes on
+            is_stale(Flow(CLIENT, VIP, A, 99))  # as a dump that continues
         return {4: 1}
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ def test_a_flow_to_an_endpoint_that_is_added_during_a_dump_stays(
 ) -> None:
     """The worker learns of the endpoint before the kernel can send a flow to it."""
     cleaner.expect({BY_IP: frozenset((A,))}, everything=True)
-    cleaner.look(Look({BY_IP: NOBODY}, NONE))
+    cleaner.look(Look({BY_IP: NONE}, NONE))
     _, is_stale, done = conntrack.next()
     assert is_stale(Flow(CLIENT, VIP, B))
     cleaner.expect({BY_IP: BOTH})
@@ -130,10 +130,10 @@ def test_looks_during_a_dump_are_merged_into_one(
     cleaner.look(Look({BY_IP: BOTH}, NONE))
     _, _, done = conntrack.next()
     cleaner.look(Look({BY_IP: frozenset((A,))}, NONE))
-    cleaner.look(Look({BY_IP: frozenset((B,)), BY_PORT: NOBODY}, NONE))
+    cleaner.look(Look({BY_IP: frozenset((B,)), BY_PORT: NONE}, NONE))
     done.set()
     claims, _, done = conntrack.next()
-    assert claims == {BY_IP: BOTH, BY_PORT: NOBODY}
+    assert claims == {BY_IP: BOTH, BY_PORT: NONE}
     done.set()
     # each look is reported for both families, as kube-proxy counts it
     assert [deleted.get(timeout=10) for _ in range(4)] == [(4, 1), (6, 0), (4, 1), (6, 0)]

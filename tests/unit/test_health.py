@@ -163,7 +163,7 @@ def test_tables_of_an_earlier_run_that_another_process_changes_do_not_count(worl
 
 
 def test_a_silent_watch_is_not_ready_and_logged_at_its_start_and_end() -> None:
-    """The node goes on forwarding, so it is healthy and alive."""
+    """The node still forwards, so it is healthy and alive."""
     ages, lines = {"services": 1.0, "nodes": 301.0}, list[dict[str, Any]]()
     watches, heartbeat = WatchAges(lambda: ages, 300, log(lines)), Heartbeat()
     heartbeat.silent_watches = watches.silent
@@ -396,7 +396,7 @@ def test_a_port_that_is_taken_and_then_not_wanted_is_not_tried_again(world: Worl
         ask(port)
 
 
-def test_a_number_that_is_no_port_harms_nobody(world: World) -> None:
+def test_a_number_that_is_no_port_does_no_harm(world: World) -> None:
     world.heartbeat.programmed()
     port = free_port()
     world.servers.update({WEB: HealthCheck(99999, 1), DNS: HealthCheck(port, 1)})

@@ -36,7 +36,7 @@ def test_an_endpoint_that_goes_not_ready_is_one_entry_with_both_conditions() -> 
     assert (entry.service, entry.node, entry.elements) == ("default/web", "node-1", 3)
 
 
-def test_added_and_removed_endpoints_are_told_apart_and_say_why() -> None:
+def test_added_and_removed_endpoints_are_distinguished_with_the_reason() -> None:
     before = endpoint_slice("web", [endpoint("10.0.0.1", ready=False, terminating=True)])
     after = endpoint_slice("web", [endpoint("10.0.0.2")])
     removed, added = recorded(ObjectChange(before, after))

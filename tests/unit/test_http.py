@@ -250,7 +250,7 @@ def test_many_ports_that_fail_are_few_lines(served: Served) -> None:
 # --- limits -------------------------------------------------------------------------------------
 
 
-def test_silent_clients_are_closed_and_keep_nobody_out(served: Served) -> None:
+def test_silent_clients_are_closed_and_keep_no_client_out(served: Served) -> None:
     idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(100)]
     try:
         assert ask(served.port).status == 200
@@ -275,7 +275,7 @@ def test_a_head_that_drips_is_closed(served: Served) -> None:
                 except TimeoutError:
                     continue
             else:
-                pytest.fail("it goes on")
+                pytest.fail("it did not end")
         except ConnectionError:
             pass
 
@@ -328,7 +328,7 @@ def test_a_client_that_floods_does_not_push_out_another(served: Served) -> None:
             sock.close()
 
 
-def test_a_client_that_resets_harms_nobody(served: Served) -> None:
+def test_a_client_that_resets_does_no_harm(served: Served) -> None:
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", served.port)) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

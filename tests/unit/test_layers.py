@@ -42,7 +42,7 @@ DOWN = (
     *("netlink.expressions", "netlink.elements", "netlink.counters", "netlink.sets"),
     *("netlink.batch", "transaction"),
 )
-"""The way of a change: each module knows only those before it. Others stand beside the way."""
+"""The path of a change: each module imports only those before it. Others are not on the path."""
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Manifests through real files and a real inotify.
 
 Nothing here sleeps to see whether something happens: where silence is the claim, a second change,
-to a file of its own, follows the first, and the claim is that its list comes next and alone.
+to a file of its own, follows the first, and the claim is that its list is next and alone.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def test_the_answers_of_an_api_server_are_read_as_json_and_as_yaml(
     ],
 )
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
-def test_content_and_not_the_name_tells_the_format(tmp_path: Path, text: str, suffix: str) -> None:
+def test_content_and_not_the_name_determines_the_format(
+    tmp_path: Path, text: str, suffix: str
+) -> None:
     path = tmp_path / f"m{suffix}"
     path.write_bytes(text.encode())
     content = read([str(path)])
@@ -427,7 +429,7 @@ def follow() -> Iterator[Callable[..., Following]]:
         assert following.failures == []
 
 
-def told(events: list[Event]) -> list[str]:
+def changes(events: list[Event]) -> list[str]:
     """Events in short: +name=ip for an Upsert, -name for a Delete."""
     short = []
     for event in events:
@@ -443,7 +445,7 @@ def told(events: list[Event]) -> list[str]:
     return short
 
 
-def test_everything_comes_at_once_and_then_what_changes(
+def test_everything_is_reported_at_once_and_then_each_change(
     tmp_path: Path, follow: Callable[..., Following]
 ) -> None:
     write(tmp_path / "a.yaml", service("a"), service("b"))
@@ -451,16 +453,16 @@ def test_everything_comes_at_once_and_then_what_changes(
     following = follow(tmp_path)
     first = following.next()
     assert first[-1] == Synced()
-    assert told(first[:-1])[:2] == ["+a=1", "+b=1"]
+    assert changes(first[:-1])[:2] == ["+a=1", "+b=1"]
     assert sum(isinstance(e, Upsert) and isinstance(e.object, Node) for e in first) == 3
     write(tmp_path / "a.yaml", service("b", "10.96.0.2"), service("c"), service("d"))
-    assert told(following.next()) == ["+b=2", "+c=1", "+d=1", "-a"]
+    assert changes(following.next()) == ["+b=2", "+c=1", "+d=1", "-a"]
     write(tmp_path / "b.yaml", service("e"))
-    assert told(following.next()) == ["+e=1"]
+    assert changes(following.next()) == ["+e=1"]
     (tmp_path / "a.yaml").unlink()
     events = following.next()
     assert Delete(Service, Name("web", "c")) in events
-    assert told(events) == ["-b", "-c", "-d"]
+    assert changes(events) == ["-b", "-c", "-d"]
     (tmp_path / "list-nodes.json").rename(tmp_path / "list-nodes.json.off")
     assert {type(event) for event in following.next()} == {Delete}
     assert following.capture.entries == []
@@ -480,9 +482,9 @@ def test_a_directory_without_manifests_holds_back_synced(
     write(other, service("o"))
     assert only_problem(read([str(place)])).whole
     following = follow(place, other)
-    assert told(following.next()) == ["+o=1"]
+    assert changes(following.next()) == ["+o=1"]
     write(place / "a.yaml", service("a"))
-    assert told(following.next()) == ["+a=1", "Synced"]
+    assert changes(following.next()) == ["+a=1", "Synced"]
     assert following.said("error") == [
         f"{place}  contains no manifest (.yaml, .yml or .json); where no objects are meant, add"
         ' a file with "kind: List"'
@@ -501,18 +503,18 @@ def test_an_emptied_directory_keeps_its_objects_and_says_so(
     (place / "..data").symlink_to("..1")
     write(marker, service("m"))
     following = follow(place, marker)
-    assert told(following.next()) == ["+a=1", "+b=1", "+m=1", "Synced"]
+    assert changes(following.next()) == ["+a=1", "+b=1", "+m=1", "Synced"]
     (place / "..new").symlink_to("..2")
     (place / "..new").rename(place / "..data")
     write(marker, service("m", "10.96.0.2"))
-    assert told(following.next()) == ["+m=2"]
+    assert changes(following.next()) == ["+m=2"]
     (error,) = following.said("error")
     assert error.startswith(f"{place}  contains no manifest")
     assert error.endswith("; its last valid content stays in use")
     write(place / "..3" / "none.yaml", {"kind": "List", "items": []})
     (place / "..new").symlink_to("..3")
     (place / "..new").rename(place / "..data")
-    assert told(following.next()) == ["-a", "-b"]
+    assert changes(following.next()) == ["-a", "-b"]
 
 
 @pytest.mark.parametrize("kind", ["Servce", "service", "Endpointslice", "EndpointSlices"])
@@ -543,9 +545,9 @@ def test_a_change_without_a_difference_is_silent(
     following.next()
     write(tmp_path / "a.yaml", service("b", annotations={"of-no": "use"}), service("a"))
     write(tmp_path / "marker.yaml", service("m"))
-    assert told(following.next()) == ["+m=1"]
+    assert changes(following.next()) == ["+m=1"]
     (tmp_path / "a.yaml").rename(tmp_path / "a.off")
-    assert sorted(told(following.next())) == ["-a", "-b"]
+    assert sorted(changes(following.next())) == ["-a", "-b"]
 
 
 def test_a_file_in_the_writing_is_left_alone(
@@ -560,22 +562,22 @@ def test_a_file_in_the_writing_is_left_alone(
             file.write(half)
             file.flush()
         write(tmp_path / "other.yaml", service("other"))
-        assert told(following.next()) == ["+other=1"]
+        assert changes(following.next()) == ["+other=1"]
         old.write(rest)
-    assert told(following.next()) == ["+c=1", "-b"]
+    assert changes(following.next()) == ["+c=1", "-b"]
 
 
 def test_a_file_as_a_place(tmp_path: Path, follow: Callable[..., Following]) -> None:
     path = write(tmp_path / "a.conf", service("a"))
     following = follow(path)
-    assert told(following.next()) == ["+a=1", "Synced"]
+    assert changes(following.next()) == ["+a=1", "Synced"]
     write(tmp_path / "b.conf", service("b"))
     path.write_text(as_yaml(service("a", "10.96.0.2")))
-    assert told(following.next()) == ["+a=2"]
+    assert changes(following.next()) == ["+a=2"]
     path.unlink()
-    assert told(following.next()) == ["-a"]
+    assert changes(following.next()) == ["-a"]
     os.link(tmp_path / "b.conf", path)
-    assert told(following.next()) == ["+b=1"]
+    assert changes(following.next()) == ["+b=1"]
 
 
 def test_a_config_map_volume(tmp_path: Path, follow: Callable[..., Following]) -> None:
@@ -601,14 +603,14 @@ def test_a_config_map_volume(tmp_path: Path, follow: Callable[..., Following]) -
 
     update("2024_1", {"a.yaml": [service("a"), service("b")], "b.yaml": [service("c")]})
     directory, file = follow(volume), follow(volume / "a.yaml")
-    assert told(directory.next()) == ["+a=1", "+b=1", "+c=1", "Synced"]
-    assert told(file.next()) == ["+a=1", "+b=1", "Synced"]
+    assert changes(directory.next()) == ["+a=1", "+b=1", "+c=1", "Synced"]
+    assert changes(file.next()) == ["+a=1", "+b=1", "Synced"]
     update("2024_2", {"a.yaml": [service("a", "10.96.0.2")], "c.yaml": [service("b")]})
-    assert told(directory.next()) == ["+a=2", "-c"]
-    assert told(file.next()) == ["+a=2", "-b"]
+    assert changes(directory.next()) == ["+a=2", "-c"]
+    assert changes(file.next()) == ["+a=2", "-b"]
     update("2024_3", {"a.yaml": [service("a", "10.96.0.3")], "c.yaml": [service("b")]})
-    assert told(directory.next()) == ["+a=3"]
-    assert told(file.next()) == ["+a=3"]
+    assert changes(directory.next()) == ["+a=3"]
+    assert changes(file.next()) == ["+a=3"]
     assert directory.capture.entries == file.capture.entries == []
 
 
@@ -623,22 +625,22 @@ def test_a_change_is_seen_at_a_link_and_at_its_target(
     (tmp_path / "place" / "x.yaml").symlink_to("../current/x")
     (tmp_path / "linked").symlink_to(tmp_path / "place")
     following = follow(tmp_path / "linked")
-    assert told(following.next()) == ["+a=1", "Synced"]
+    assert changes(following.next()) == ["+a=1", "Synced"]
     (tmp_path / "one" / "x").write_text(as_yaml(service("a", "10.96.0.3")))
-    assert told(following.next()) == ["+a=3"]
+    assert changes(following.next()) == ["+a=3"]
     (tmp_path / "next").symlink_to("two")
     (tmp_path / "next").rename(tmp_path / "current")
-    assert told(following.next()) == ["+a=2"]
+    assert changes(following.next()) == ["+a=2"]
     write(tmp_path / "two" / "x", service("a", "10.96.0.4"))
-    assert told(following.next()) == ["+a=4"]
+    assert changes(following.next()) == ["+a=4"]
     # another directory behind the place itself
     (tmp_path / "other").mkdir()
     write(tmp_path / "other" / "y.yaml", service("b"))
     (tmp_path / "next").symlink_to("other")
     (tmp_path / "next").rename(tmp_path / "linked")
-    assert told(following.next()) == ["+b=1", "-a"]
+    assert changes(following.next()) == ["+b=1", "-a"]
     write(tmp_path / "other" / "z.yaml", service("c"))
-    assert told(following.next()) == ["+c=1"]
+    assert changes(following.next()) == ["+c=1"]
 
 
 def test_links_to_nothing_and_in_circles_keep_what_was_known(
@@ -648,12 +650,12 @@ def test_links_to_nothing_and_in_circles_keep_what_was_known(
     (tmp_path / "a.yaml").symlink_to("target")
     (tmp_path / "b.yaml").symlink_to("b.yaml")
     following = follow(tmp_path)
-    assert told(following.next()) == ["+a=1"]
+    assert changes(following.next()) == ["+a=1"]
     target.unlink()
     write(tmp_path / "c.yaml", service("c"))
-    assert told(following.next()) == ["+c=1"]
+    assert changes(following.next()) == ["+c=1"]
     write(target, service("a", "10.96.0.2"))
-    assert told(following.next()) == ["+a=2"]
+    assert changes(following.next()) == ["+a=2"]
     circle = f"{tmp_path / 'b.yaml'}  cannot be read: Too many levels of symbolic links"
     assert circle in following.said("error")
 
@@ -664,12 +666,12 @@ def test_a_file_that_cannot_be_parsed_at_the_start_holds_back_synced(
     write(tmp_path / "a.yaml", service("a"))
     (tmp_path / "b.yaml").write_text("{ not: [in order")
     following = follow(tmp_path)
-    assert told(following.next()) == ["+a=1"]
+    assert changes(following.next()) == ["+a=1"]
     write(tmp_path / "b.yaml", service("b"))
-    assert told(following.next()) == ["+b=1", "Synced"]
+    assert changes(following.next()) == ["+b=1", "Synced"]
 
 
-def test_a_directory_that_goes_keeps_its_files_until_it_is_back(
+def test_a_removed_directory_keeps_its_objects_until_it_is_back(
     tmp_path: Path, follow: Callable[..., Following]
 ) -> None:
     place, marker = tmp_path / "place", tmp_path / "marker.yaml"
@@ -681,18 +683,18 @@ def test_a_directory_that_goes_keeps_its_files_until_it_is_back(
     place.rename(tmp_path / "gone")
     write(tmp_path / "gone" / "a.yaml", service("not-ours"))
     write(marker, service("m", "10.96.0.2"))
-    assert told(following.next()) == ["+m=2"]
+    assert changes(following.next()) == ["+m=2"]
     reason = "No such file or directory; its last valid content stays in use"
     assert following.said("error") == [f"{place}  {reason}", f"{place / 'a.yaml'}  {reason}"]
     (tmp_path / "gone").rename(place)
-    assert told(following.next()) == ["+not-ours=1", "-a", "-b"]
+    assert changes(following.next()) == ["+not-ours=1", "-a", "-b"]
     write(place / "a.yaml", service("c"))
-    assert told(following.next()) == ["+c=1", "-not-ours"]
+    assert changes(following.next()) == ["+c=1", "-not-ours"]
     shutil.rmtree(place)
     place.mkdir()
     write(place / "d.yaml", service("d"))
-    while "+d=1" not in told(following.next()):
-        pass  # on its way the removal of the file may be seen, and then is one
+    while "+d=1" not in changes(following.next()):
+        pass  # the removal of the file may be seen in between, and then is an event of its own
 
 
 def test_a_file_that_cannot_be_parsed_keeps_what_it_held(
@@ -705,9 +707,9 @@ def test_a_file_that_cannot_be_parsed_keeps_what_it_held(
     for ip, text in enumerate(["kind: {", "kind: {", json.dumps(service("a"))[:-5], ""]):
         path.write_text(text)
         write(marker, service("m", f"10.96.0.{ip + 1}"))
-        assert told(following.next()) == [f"+m={ip + 1}"]
+        assert changes(following.next()) == [f"+m={ip + 1}"]
     errors = following.said("error")
-    # opening a file truncates it, but only closing it makes it read: each complaint comes once
+    # opening a file truncates it, but only closing it makes it read: each complaint is logged once
     assert [line.split("  ")[1].split(";")[0] for line in errors] == [
         "is not YAML: line 2: did not find expected node content",
         "is not JSON: Input data was truncated, document of line 1",
@@ -715,10 +717,10 @@ def test_a_file_that_cannot_be_parsed_keeps_what_it_held(
     ]
     assert all("its last valid content stays in use" in line for line in errors)
     write(path, service("b"))
-    assert told(following.next()) == ["-a"]
+    assert changes(following.next()) == ["-a"]
     path.write_text("kind: {")
     write(path, service("b", "10.96.0.2"))
-    assert told(following.next()) == ["+b=2"]
+    assert changes(following.next()) == ["+b=2"]
 
 
 def test_an_object_that_cannot_be_used_keeps_its_last_good_form(
@@ -728,23 +730,23 @@ def test_an_object_that_cannot_be_used_keeps_its_last_good_form(
     following = follow(tmp_path)
     following.next()
     write(path, BAD, service("b", "10.96.0.2"))
-    assert told(following.next()) == ["+b=2", "-c"]
+    assert changes(following.next()) == ["+b=2", "-c"]
     write(path, BAD, service("b", "10.96.0.3"))
-    assert told(following.next()) == ["+b=3"]
+    assert changes(following.next()) == ["+b=3"]
     (error,) = following.said("error")
     assert error.startswith(f"{path} Service web/a Expected `array | null`, got `str`")
     assert error.endswith("its last valid form stays in use")
     write(path, service("b", "10.96.0.3"))
-    assert told(following.next()) == ["-a"]
+    assert changes(following.next()) == ["-a"]
     write(path, BAD, service("b", "10.96.0.4"))
-    assert told(following.next()) == ["+b=4"]
+    assert changes(following.next()) == ["+b=4"]
     assert len(following.said("error")) == 2  # it had been in order in between
 
 
 @pytest.mark.parametrize(
     ("broken", "stay"),
     [
-        (NAMELESS, ["a"]),  # a Service, so the slice goes
+        (NAMELESS, ["a"]),  # a Service, so the slice is removed
         ({"kind": "Service", "metadata": {"name": ""}}, ["a"]),
         ({"kind": "Node", "metadata": 3}, []),
         ({"metadata": {"name": "a", "namespace": "web"}}, ["a"]),  # of no kind
@@ -762,25 +764,25 @@ def test_what_a_broken_object_may_be_stays(
     following.next()
     write(path, broken, service("b", "10.96.0.2"))
     gone = [f"-{name}" for name in ("a", "s") if name not in stay]
-    assert told(following.next()) == ["+b=2", *gone]
+    assert changes(following.next()) == ["+b=2", *gone]
 
 
 def test_an_object_in_two_files(tmp_path: Path, follow: Callable[..., Following]) -> None:
     first = write(tmp_path / "1.yaml", service("a", "10.96.0.1"))
     second = write(tmp_path / "2.yaml", service("a", "10.96.0.2"))
     following = follow(tmp_path)
-    assert told(following.next()) == ["+a=2", "Synced"]
+    assert changes(following.next()) == ["+a=2", "Synced"]
     write(first, service("a", "10.96.0.3"))
     second.unlink()
-    assert told(following.next())[-1] == "+a=3"
+    assert changes(following.next())[-1] == "+a=3"
     write(second, service("a", "10.96.0.4"))
-    assert told(following.next()) == ["+a=4"]
+    assert changes(following.next()) == ["+a=4"]
     warning = f"{first} Service web/a is also defined in {second}, which is used"
     assert following.said("warning") == [warning, warning]
     assert following.said("error") == []
 
 
-def test_standard_input_is_told_with_the_rest(
+def test_standard_input_is_reported_with_the_rest(
     tmp_path: Path, follow: Callable[..., Following], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "a.yaml", service("a"))
@@ -790,9 +792,9 @@ def test_standard_input_is_told_with_the_rest(
         following = follow("-", tmp_path)
         pipe.write(as_yaml(service("from-stdin")))
         pipe.close()
-        assert told(following.next()) == ["+from-stdin=1", "+a=1", "Synced"]
+        assert changes(following.next()) == ["+from-stdin=1", "+a=1", "Synced"]
         write(tmp_path / "a.yaml", service("b"))
-        assert told(following.next()) == ["+b=1", "-a"]
+        assert changes(following.next()) == ["+b=1", "-a"]
 
 
 def test_stop_does_not_wait_for_standard_input(
@@ -838,7 +840,7 @@ def test_a_queue_of_inotify_that_overflows_makes_everything_be_read(tmp_path: Pa
         write(tmp_path / "a.yaml", service("b"))
         go_on.set()
         lists.get(timeout=TIMEOUT)
-        assert told(lists.get(timeout=TIMEOUT)) == ["+b=1", "-a"]
+        assert changes(lists.get(timeout=TIMEOUT)) == ["+b=1", "-a"]
     finally:
         go_on.set()
         follower.stop()
@@ -860,17 +862,17 @@ def test_files_are_looked_at_where_inotify_cannot_be_had(
     place.mkdir()
     path = write(place / "a.yaml", service("a"))
     following = follow(place)
-    assert told(following.next()) == ["+a=1", "Synced"]
+    assert changes(following.next()) == ["+a=1", "Synced"]
     write(path, service("b"))
-    assert told(following.next()) == ["+b=1", "-a"]
+    assert changes(following.next()) == ["+b=1", "-a"]
     write(place / "c.yaml", service("c"))
-    assert told(following.next()) == ["+c=1"]
+    assert changes(following.next()) == ["+c=1"]
     path.unlink()
-    assert told(following.next()) == ["-b"]
+    assert changes(following.next()) == ["-b"]
     place.rename(tmp_path / "gone")
     write(tmp_path / "gone" / "a.yaml", service("d"))
     (tmp_path / "gone").rename(place)
-    assert told(following.next()) == ["+d=1"]
+    assert changes(following.next()) == ["+d=1"]
     assert len(following.said("warning")) == 1
 
 

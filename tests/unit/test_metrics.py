@@ -326,7 +326,7 @@ def test_elements_are_carried_along(metrics: Metrics) -> None:
     assert value(metrics, "sliceproxy_transaction_seconds_count") == 2
 
 
-def test_a_full_sync_counts_anew(metrics: Metrics) -> None:
+def test_a_full_sync_replaces_the_counts(metrics: Metrics) -> None:
     four, ips = SETS[4].endpoints, SETS[4].service_ips
     metrics.programmed(step({four: 5}), 0.002, 0.001)
     counts = Counter({four: 9, ips: 2})
@@ -355,7 +355,7 @@ def test_network_programming_latency_begins_at_the_trigger(metrics: Metrics) -> 
 
     metrics.received(
         [
-            Upsert(piece(4, stamp(0.2))),  # the control plane's clock goes before ours
+            Upsert(piece(4, stamp(0.2))),  # the control plane's clock is ahead of ours
             Upsert(piece(6, stamp(0.2))),
             Upsert(piece(4, stamp(-3600))),  # happened before this process began
             Upsert(piece(4, "nonsense")),

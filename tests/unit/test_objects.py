@@ -391,7 +391,7 @@ def test_a_health_check_node_port_out_of_range_is_none(number):
 
 
 @pytest.mark.parametrize("name", ["ICMP", "tcp", "TCP; flush ruleset", "6"])
-def test_a_protocol_nobody_knows_is_left_out(name):
+def test_an_unknown_protocol_is_left_out(name):
     found = service(ports=[{"port": 80, "protocol": name}, {"port": 81}])
     assert [p.port for p in found.ports] == [81]
     assert "is not TCP, UDP or SCTP" in found.problems[0]
@@ -417,7 +417,7 @@ def test_a_port_that_is_there_twice_counts_once():
     ],
 )
 @pytest.mark.parametrize("value", ["Nonsense", "local", '"; flush ruleset; #'])
-def test_an_enum_value_nobody_knows_is_taken_as_the_default(field, attribute, default, value):
+def test_an_unknown_enum_value_is_taken_as_the_default(field, attribute, default, value):
     found = service(**{field: value})
     assert getattr(found, attribute) == default
     (problem,) = found.problems
@@ -675,7 +675,7 @@ def test_one_bad_object_does_not_hide_the_others():
     assert [isinstance(o, InvalidObject) for o in found] == [False, *[True] * 5, False]
 
 
-def test_kinds_nobody_uses_are_skipped():
+def test_unused_kinds_are_skipped():
     pod = {"kind": "Pod", "metadata": {"name": "p"}}
     assert list(decode_any(json.dumps(pod).encode())) == []
     assert list(decode_any(json.dumps({"kind": "PodList", "items": [pod, 1]}).encode())) == []
@@ -771,7 +771,7 @@ shapes = st.fixed_dictionaries(
 
 
 def check_documents(data: bytes) -> None:
-    """Everything that comes out is a record or an InvalidObject with a subject and a reason."""
+    """Every result is a record or an InvalidObject with a subject and a reason."""
     for found in decode_any(data):
         assert isinstance(found, (Service, EndpointSlice, Node, ServiceCIDR, InvalidObject))
         if isinstance(found, InvalidObject):

@@ -60,7 +60,7 @@ def test_nothing_runs_before_the_first_question(reader: Reader) -> None:
     assert reader.flows.listening
 
 
-def test_each_answer_has_what_came_since_the_one_before(reader: Reader) -> None:
+def test_each_answer_has_the_connections_since_the_one_before(reader: Reader) -> None:
     first = reader.flows.since(0)
     for number in (1, 2):
         reader.watches[0].made.put(connection(number))
@@ -74,7 +74,7 @@ def test_each_answer_has_what_came_since_the_one_before(reader: Reader) -> None:
 
 
 def test_what_is_lost_is_counted_once(reader: Reader) -> None:
-    """Lost by the kernel, and lost because nobody asked in time."""
+    """Lost by the kernel, and lost because no client asked in time."""
     first = reader.flows.since(0)
     reader.watches[0].made.put(Lost(7))
     second = reader.until(first.sequence, lambda r: r.lost)

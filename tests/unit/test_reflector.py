@@ -68,7 +68,7 @@ class Client:
     def __init__(self, resource: Resource = SERVICES, *, streams: bool = False) -> None:
         self.reflector = Reflector(resource, Timing(), random.Random(1))
         self.table = Table()
-        self.told: list[Event] = []
+        self.received: list[Event] = []
         self.streams = streams
 
     def ask(self, wanted: RequestType) -> ApiRequest:
@@ -83,21 +83,21 @@ class Client:
         self.reflector.answered(code, retry_after)
         for piece in pieces:
             if not self.reflector.over:
-                self.tell(self.reflector.received(piece))
+                self.deliver(self.reflector.received(piece))
         return self.end(broken)
 
     def end(self, broken: str = "") -> Outcome:
         step = self.reflector.finished(broken)
-        self.tell(step.events)
+        self.deliver(step.events)
         return step
 
-    def tell(self, events: list[Event]) -> None:
-        self.told += events
+    def deliver(self, events: list[Event]) -> None:
+        self.received += events
         self.table.apply(events)
 
     def news(self) -> list[Event]:
-        told, self.told = self.told, []
-        return told
+        received, self.received = self.received, []
+        return received
 
 
 def service(name: str, version: int, **metadata: Any) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def test_streams_say_the_same_however_they_are_split(pieces: list[int]) -> None:
     for client, parts in ((whole, [data]), (split_up, split(data, pieces))):
         client.ask(RequestType.STREAM)
         client.answer(200, *parts)
-    assert split_up.told == whole.told
+    assert split_up.received == whole.received
     last = msgspec.json.decode(data.splitlines()[-1])["object"]["metadata"]["resourceVersion"]
     assert split_up.reflector.version == whole.reflector.version == last
 
@@ -199,11 +199,11 @@ def test_a_stream_begins_with_all_of_its_list_at_once() -> None:
     assert "resourceVersion" not in request.query
     head, tail = recording("watchlist-endpointslices.jsonl").split(INITIAL.encode())
     client.reflector.answered(200)
-    client.tell(client.reflector.received(head))
-    assert client.told == []
+    client.deliver(client.reflector.received(head))
+    assert client.received == []
     assert not client.reflector.complete
     end = tail.index(b"\n") + 1
-    client.tell(client.reflector.received(INITIAL.encode() + tail[:end]))
+    client.deliver(client.reflector.received(INITIAL.encode() + tail[:end]))
     pages = objects("list-endpointslices-page1.json") | objects("list-endpointslices-page2.json")
     assert client.reflector.complete
     assert set(pages) < set(client.table)
@@ -214,7 +214,7 @@ def test_recorded_pages() -> None:
     client = Client(SLICES)
     assert client.ask(RequestType.LIST).query["limit"] == "500"
     client.answer(200, recording("list-endpointslices-page1.json"))
-    assert client.told == []
+    assert client.received == []
     token = msgspec.json.decode(recording("list-endpointslices-page1.json"))["metadata"]["continue"]
     request = client.ask(RequestType.LIST)
     assert request.query["continue"] == token
@@ -277,7 +277,7 @@ def test_recorded_refusals(code: int, kind: str) -> None:
 # --- watches ------------------------------------------------------------------------------------
 
 
-def test_a_cut_line_is_dropped_and_the_watch_goes_on_behind_the_last_whole_one() -> None:
+def test_a_cut_line_is_dropped_and_the_watch_continues_after_the_last_whole_one() -> None:
     client = following()
     client.ask(RequestType.WATCH)
     whole, cut = line("ADDED", service("c", 101)), line("ADDED", service("d", 102))
@@ -342,9 +342,9 @@ def test_bookmarks_and_deletions() -> None:
     client.ask(RequestType.WATCH)
     data = bookmark(120) + line("DELETED", service("a", 121)) + line("MODIFIED", service("b", 122))
     client.answer(200, data)
-    assert client.told == [
+    assert client.received == [
         Delete(Service, Name("ns", "a")),
-        *(e for e in client.told if isinstance(e, Upsert)),
+        *(e for e in client.received if isinstance(e, Upsert)),
     ]
     assert client.reflector.version == "122"
     assert set(client.reflector.known) == {Name("ns", "b")}
@@ -524,7 +524,7 @@ def test_changes_before_the_end_of_a_stream() -> None:
         bookmark(22, end=True),
         bookmark(23),
     )
-    assert names(client.told) == ["+ns/b"]
+    assert names(client.received) == ["+ns/b"]
     assert client.ask(RequestType.WATCH).query["resourceVersion"] == "23"
 
 
@@ -533,7 +533,7 @@ def test_a_stream_that_does_not_end_its_list_is_followed_by_pages(broken: str) -
     client = Client(streams=True)
     client.ask(RequestType.STREAM)
     client.answer(200, line("ADDED", service("a", 10)), bookmark(10), broken=broken)
-    assert client.told == []
+    assert client.received == []
     client.ask(RequestType.LIST)
     client.answer(200, listed(11))
     client.ask(RequestType.WATCH)
@@ -621,10 +621,10 @@ def test_a_page_is_asked_for_again() -> None:
         client.answer(200, b'{"metadata', broken="connection reset")
     client.ask(RequestType.LIST)
     client.answer(200, listed(9, service("b", 2)))
-    assert names(client.told) == ["+ns/a", "+ns/b"]
+    assert names(client.received) == ["+ns/a", "+ns/b"]
 
 
-def test_what_is_optional_keeps_nobody_waiting() -> None:
+def test_an_optional_resource_delays_nothing() -> None:
     for code in (403, 404):
         reflector = Reflector(CIDRS)
         reflector.request()

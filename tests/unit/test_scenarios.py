@@ -92,8 +92,8 @@ def test_scenario(path: Path) -> None:
         change = apply(state, step)
         assert list(changes(change)) == step.get("changes", "").splitlines(), step["when"]
         for destination, askers in step.get("explain", {}).items():
-            told = explained(state, destination)
-            assert {who: told[who] for who in askers} == askers, (step["when"], destination)
+            outcomes = explained(state, destination)
+            assert {who: outcomes[who] for who in askers} == askers, (step["when"], destination)
         assert sorted(p.code for p in state.problems.open()) == step.get("problems", []), step[
             "when"
         ]

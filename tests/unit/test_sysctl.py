@@ -130,7 +130,7 @@ def test_read_only_and_right_is_no_warning(root: Path, monkeypatch: pytest.Monke
     assert lines == []
 
 
-def test_what_is_missing_is_told_and_the_rest_set(root: Path) -> None:
+def test_missing_sysctls_are_reported_and_the_rest_set(root: Path) -> None:
     (root / HASH_SIZE).unlink()
     (root / NETFILTER / "nf_conntrack_max").unlink()
     (root / NETFILTER / "nf_conntrack_tcp_timeout_close_wait").write_text("nonsense")

@@ -142,7 +142,7 @@ def test_marks_are_set_and_cleared_by_bits() -> None:
     assert [s.effect for s in found.steps] == [Effect.MARKS, Effect.UNMARKS, Effect.REFUSES]
 
 
-def test_a_jump_comes_back_and_a_goto_does_not() -> None:
+def test_a_jump_returns_and_a_goto_does_not() -> None:
     empty, drop = Chain("empty", ()), rule(Final.DROP)
     onward = Chain("onward", (rule(Goto("empty")), drop))
     assert ends(one(rule(Jump("empty")), drop, others=(empty,))) == {End.DROPPED}
@@ -214,7 +214,7 @@ def test_a_draw_can_hit_every_slot_in_its_range() -> None:
     assert found.targets == {target("10.1.0.0"), target("10.1.0.1")}
 
 
-def test_a_draw_that_may_miss_goes_on_too() -> None:
+def test_a_draw_that_may_miss_also_continues() -> None:
     found = trace(one(draw(3), rule(Final.DROP)), slots(0, 2), PACKET)
     assert drawn(found) == [(End.SENT, 0), (End.SENT, 2), (End.DROPPED, None)]
 
@@ -233,7 +233,7 @@ def test_an_offset_draws_from_the_other_list() -> None:
     ]
 
 
-def test_a_draw_from_nothing_goes_on() -> None:
+def test_a_draw_from_nothing_continues() -> None:
     found = trace(one(draw(2), rule(Final.RESET)), {}, PACKET)
     assert drawn(found) == [(End.REFUSED, None)]
     assert [s.effect for s in found.steps] == [Effect.MISSES, Effect.REFUSES]
@@ -355,7 +355,7 @@ def test_an_endpoint_with_the_nodes_address_is_delivered_and_remembered() -> Non
     assert "remember" in [step.chain for step in branch.steps]
 
 
-def test_pods_told_by_interface() -> None:
+def test_pods_identified_by_interface() -> None:
     state = stepped(
         *web(POD, REMOTE, externalTrafficPolicy="Local"),
         cluster_cidr="",
