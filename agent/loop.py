@@ -34,9 +34,11 @@ from agent.serve.health import Heartbeat
 from agent.serve.metrics import Recorder
 from rules.diff import Change
 from rules.events import Event, NodeAddresses, Synced
+from rules.feed import Feed
 from rules.health_check import HealthCheck
 from rules.history import History
 from rules.language import Table
+from rules.mirror import Part, read
 from rules.objects import Name
 from rules.problems import Problem
 from rules.program import Claim
@@ -73,9 +75,13 @@ class WorkerFailed(Exception):
 
 
 class Ask(NamedTuple):
-    """A reader wants a snapshot of the state; `answer` is called with it in the loop's thread."""
+    """A reader wants the next part of the state; `answer` is called with it in the loop's thread.
 
-    answer: Callable[[State], None]
+    `feed` is the reader's, which it does not touch.
+    """
+
+    feed: Feed
+    answer: Callable[[Part], None]
 
 
 Message = Sequence[Event] | Stop | Disturbed | Failed | Clients | Ask
@@ -183,7 +189,6 @@ class Loop:
         self._outgrown = False
         self._failures = 0
         self._retry_at: float | None = None
-        self._snapshot: State | None = None
 
     def put(self, message: Message) -> None:
         """Queues a message."""
@@ -219,7 +224,7 @@ class Loop:
         """Applies everything that is queued, programs it, then answers readers. False after
         `Stop`."""
         going, changed = True, False
-        readers: list[Callable[[State], None]] = []
+        readers: list[Ask] = []
         for at, message in self._messages():
             match message:
                 case Stop():
@@ -231,8 +236,8 @@ class Loop:
                     raise WorkerFailed(message)
                 case Clients():
                     self._judge_clients(message)
-                case Ask(answer):
-                    readers.append(answer)
+                case Ask():
+                    readers.append(message)
                 case events:
                     self._take(events, at)
                     changed = True
@@ -241,12 +246,8 @@ class Loop:
         self._report_problems()
         if going and (changed or self._doubt) and self._complete and self._due():
             self._program()
-            changed = True
-        if changed:
-            self._snapshot = None
-        for answer in readers:
-            self._snapshot = self._snapshot or self.state.snapshot()
-            answer(self._snapshot)
+        for feed, answer in readers:
+            answer(read(self.state, feed))
         return going
 
     def _take(self, events: Sequence[Event], at: float) -> None:

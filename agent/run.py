@@ -39,8 +39,9 @@ from agent.kernel.readahead import ReadAhead, read_ahead
 from agent.kernel.reading import TableReader
 from agent.kernel.sysctl import configure
 from agent.kernel.tables import Kernel
-from agent.loop import Ask, Failed, Loop, Reports, Stop, WorkerFailed, difference
-from agent.serve.frontends import FrontendReader
+from agent.loop import Failed, Loop, Reports, Stop, WorkerFailed, difference
+from agent.reader import StateReader
+from agent.serve import frontends
 from agent.serve.health import HealthServer, Heartbeat, WatchAges
 from agent.serve.http import TcpAddress, UnixAddress, raise_descriptor_limit
 from agent.serve.localhost_ports import LocalhostPorts
@@ -160,7 +161,9 @@ def _run(places: tuple[str, ...], settings: Settings, logger: FilteringBoundLogg
             start(ports)
         counters = CountersReader(kept, TableReader) if kept else None
         if counters and settings.metrics_frontends:
-            scraped = FrontendReader(lambda answer: loop.put(Ask(answer)), counters)
+            scraped = frontends.FrontendReader(
+                StateReader(loop.put, frontends.STATE_SECONDS), counters
+            )
             served.reports.recorder.frontends_from(scraped.read, settings.metrics_frontends)
         api = _api_server(
             settings, loop, served, logger, failed=failed, kernel=kernel, counters=counters
@@ -381,7 +384,7 @@ def _api_server(
     # 1 MB of modules that an agent without the API does not need
     from agent.kernel.facts import collect, conntrack, with_state
     from agent.kernel.lookups import kernel_elements
-    from agent.serve.api import Api, ApiServer, Sources
+    from agent.serve.api import STATE_SECONDS, Api, ApiServer, Sources
     from agent.serve.flows import RecentFlows
     from rules.doctor import Facts, examine
 
@@ -398,7 +401,7 @@ def _api_server(
     history = served.reports.history
     assert history is not None
     sources = Sources(
-        ask=lambda answer: loop.put(Ask(answer)),
+        state=StateReader(loop.put, STATE_SECONDS).take,
         heartbeat=served.reports.heartbeat,
         history=history,
         watches=served.following.watches,

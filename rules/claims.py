@@ -18,7 +18,7 @@ The cost of a change is logarithmic in the number of Services that claim the sam
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rules.frontends import Frontend, Kind
@@ -91,6 +91,10 @@ class Rivals:
             del self._order[bisect_left(self._order, old)]
 
 
+Claimants = Name | Rivals
+"""The one Service that claims a key, or several."""
+
+
 class Claims:
     """All claims of all Services. `programs` are the State's, kept up to date by it."""
 
@@ -103,11 +107,40 @@ class Claims:
 
     def snapshot(self, programs: Mapping[Name, Program]) -> Claims:
         """These claims as they are now, of a copy of the programs."""
-        twin = Claims(programs)
+        twin = self.without_claims(programs)
         twin._only = self._only.copy()
         twin._contested = {claim: rivals.snapshot() for claim, rivals in self._contested.items()}
+        return twin
+
+    def without_claims(self, programs: Mapping[Name, Program]) -> Claims:
+        """No claims, of these programs, where node ports answer at the same addresses."""
+        twin = Claims(programs)
         twin._node_port_addresses = self._node_port_addresses
         return twin
+
+    def all(self) -> tuple[Collection[Claim], Collection[Claim]]:
+        """All claims: those of one Service alone, and those of several."""
+        return self._only.keys(), self._contested.keys()
+
+    def entry(self, claim: Claim) -> Claimants | None:
+        """Who has the claim now, for `replace`; None for an unclaimed key."""
+        rivals = self._contested.get(claim)
+        return rivals.snapshot() if rivals else self._only.get(claim)
+
+    def replace(self, claim: Claim, claimants: Claimants | None) -> None:
+        """Sets who has the claim."""
+        self._only.pop(claim, None)
+        self._contested.pop(claim, None)
+        if isinstance(claimants, Rivals):
+            self._contested[claim] = claimants
+        elif claimants is not None:
+            self._only[claim] = claimants
+
+    def adopt(self, programs: Mapping[Name, Program], claims: Claims | None = None) -> None:
+        """Has the claims of `claims`, not of a copy; none without it."""
+        self._programs = programs
+        self._only = claims._only if claims else {}
+        self._contested = claims._contested if claims else {}
 
     def holder(self, claim: Claim) -> Name | None:
         """The Service that has the key, None if it is no Service's or a node port's."""

@@ -1,6 +1,6 @@
 """The agent's read-only API: JSON over HTTP on a unix socket and, if asked for, a loopback address.
 
-Every answer is computed from a snapshot that the loop hands over between two transactions, in the
+Every answer is computed from a mirror of the loop's state (`rules.mirror`), in the
 thread of this server; nothing here walks the live state. An explanation and a difference also read
 the kernel, over a socket of their own. docs/api.md documents the paths. They are
 versioned: within v1 fields may be added, and none is removed or changes its meaning.
@@ -11,7 +11,6 @@ the answers by a DNS name of its own; there is no CORS. The unix socket has mode
 
 from __future__ import annotations
 
-import queue
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +52,7 @@ from rules.text import Key
 
 Log = structlog.typing.FilteringBoundLogger
 
-SNAPSHOT_SECONDS = 5.0
+STATE_SECONDS = 5.0
 """How long an answer waits for the loop, which may be busy with a large change."""
 LIMITS = Limits(connections=32, listener_connections=16)
 METHODS = ("GET", "HEAD")
@@ -169,15 +168,15 @@ class Flows(msgspec.Struct, frozen=True):
 class Sources(NamedTuple):
     """Where the answers come from.
 
-    `ask` hands over a function that is called with a snapshot, once the loop has one. `watches`
-    are the source's, `options` what the operator chose, `examine` the doctor's checks of this node
-    with a snapshot. `elements` are the kernel's, None if it has no tables. `difference` has the
-    commands that would bring the kernel to a snapshot, `counts` what the kernel has counted, and
+    `state` is the loop's, None while it does not answer; it stays as it is until the next call.
+    `watches` are the source's, `options` what the operator chose, `examine` the doctor's checks of
+    this node with a state. `elements` are the kernel's, None if it has no tables. `difference` has
+    the commands that would bring the kernel to a state, `counts` what the kernel has counted, and
     `counts_of` the same of some elements; both are None without counters. `flows` listens to new
     connections while someone asks; None where that is not possible.
     """
 
-    ask: Callable[[Callable[[State], None]], None]
+    state: Callable[[], State | None]
     heartbeat: Heartbeat
     history: History
     watches: Callable[[], Iterable[Any]]
@@ -405,13 +404,9 @@ class Api:
 
     def _snapshot(self) -> State:
         """The state as it is now. Raises ApiError if the loop has no time for it."""
-        answers: queue.SimpleQueue[State] = queue.SimpleQueue()
-        self._sources.ask(answers.put)
-        try:
-            state = answers.get(timeout=SNAPSHOT_SECONDS)
-        except queue.Empty:
-            text = f"the agent is busy and did not answer in {SNAPSHOT_SECONDS:.0f} s; try again"
-            raise ApiError(503, text) from None
+        state = self._sources.state()
+        if state is None:
+            raise ApiError(503, "the agent is busy and did not answer in time; try again")
         if state is not self._last:
             self._last = state
             self._generation += 1

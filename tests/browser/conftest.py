@@ -58,7 +58,7 @@ class Backend:
         heartbeat.synced()
         heartbeat.programmed()
         sources = Sources(
-            ask=lambda answer: answer(self._take()),
+            state=self._take,
             heartbeat=heartbeat,
             history=self.history,
             watches=lambda: [Watch("services", 5000), Watch("endpointslices", 5001)],

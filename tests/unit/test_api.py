@@ -56,7 +56,7 @@ class Agent:
         self.history = History(lambda _: None)
         self.heartbeat = Heartbeat()
         self.sources = Sources(
-            ask=lambda answer: answer(self.take()),
+            state=self.take,
             heartbeat=self.heartbeat,
             history=self.history,
             watches=list,
