@@ -182,6 +182,9 @@ def test_every_place_has_the_version() -> None:
     for name in ("base", "cleanup", "prepull"):
         text = (DEPLOY / name / "daemonset.yaml").read_text()
         assert set(re.findall(r"image: (\S+)", text)) == {f"sliceproxy:{__version__}"}
+    for name in ("README.md", "Dockerfile"):
+        text = (ROOT / name).read_text()
+        assert set(re.findall(r"sliceproxy:(\d\S+)", text)) == {__version__}
 
 
 def test_the_one_file_manifest_is_valid_for_kubernetes() -> None:
