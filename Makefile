@@ -9,8 +9,9 @@
 #
 # What is installed outside this directory, and only as root on a Debian, and only if it is missing:
 #   make .venv    python3, python3-venv, ca-certificates (tools/need-python)
-#   make test     nftables, iptables, libnftables1, debootstrap (tools/need-test-tools)
+#   make test     nftables, iptables, iproute2, procps, libnftables1, debootstrap, firewalld, ufw,
 #                 for the page chromium and chromium-driver (290 MB), and shellcheck
+#                 (tools/need-test-tools)
 # Everything else is in .venv and build (a Debian 13 tree, whose newer nft the tests use).
 # tools/need-engine, which starts a container engine for tests/container, runs only in CI.
 
