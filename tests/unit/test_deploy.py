@@ -330,6 +330,28 @@ def test_every_node_has_exactly_one_proxy(
         assert has[label or new_node_has]
 
 
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+def test_the_patches_change_kube_proxys_affinity_alone(tmp_path: Path) -> None:
+    """As kubectl applies them, one after the other; the list of terms is replaced."""
+    document = daemon_set(one_file())
+    spec = document["spec"]["template"]["spec"]
+    spec["nodeSelector"] = {"kubernetes.io/os": "linux"}  # kubeadm's
+    document["metadata"]["name"] = "kube-proxy"
+    for name in ("opt-in", "opt-out"):
+        place = tmp_path / "kube-proxy.json"
+        place.write_text(json.dumps(document))
+        command = ["kubectl", "patch", "--local", "-o", "json", "-f", str(place), "--patch-file"]
+        patch = DEPLOY / "kube-proxy" / f"{name}.yaml"
+        done = subprocess.run([*command, str(patch)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        patched = json.loads(done.stdout)
+        assert placement({("DaemonSet", "kube-proxy"): patched}) == kube_proxy_placement(name)
+        for one in (patched, document):
+            del one["spec"]["template"]["spec"]["affinity"]
+        assert patched == document
+        document = json.loads(done.stdout)
+
+
 @needs_kustomize
 def test_between_the_two_steps_of_the_flip_no_node_has_no_proxy() -> None:
     """sliceproxy's placement changes first."""
