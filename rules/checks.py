@@ -30,26 +30,24 @@ from rules.objects import (
     TRIGGER_TIME_ANNOTATION,
     ZONE_LABEL,
     Address,
-    Endpoint,
+    Endpoints,
     EndpointSlice,
     Name,
     Network,
     Node,
+    Place,
     Service,
     ServiceCIDR,
     ServicePort,
     SlicePort,
     parse_address,
     parse_network,
-    parse_plain_ipv4,
+    parse_plain,
 )
 from rules.weights import ALGORITHM_ANNOTATION, WEIGHTS_ANNOTATION, balancing, weighted_endpoints
 
 _T = TypeVar("_T")
 _P = TypeVar("_P", bound=tuple[Any, ...])
-
-Hints = tuple[tuple[str, ...], tuple[str, ...]]
-"""Names of nodes and names of zones."""
 
 
 class Metadata(NamedTuple):
@@ -242,16 +240,24 @@ _FAMILIES = {"IPv4": 4, "IPv6": 6, "FQDN": 0}
 _PACKED_LENGTH = {4: 4, 6: 16}
 
 
+class EndpointFields(NamedTuple):
+    """The fields of a slice's endpoints, as columns; of addresses the first, None if there is
+    none."""
+
+    addresses: Sequence[str | None]
+    places: Sequence[Place]
+    pods: Sequence[str]
+
+
 def endpoint_slice(
     shape: Any,
     metadata: Metadata,
     ports: Sequence[Any],
-    conditions: Callable[[Any], int],
-    hints: Callable[[Any], Hints],
+    fields: Callable[[Sequence[Any]], EndpointFields],
 ) -> EndpointSlice:
     """An EndpointSlice. Raises ValueError if it cannot be used as a whole.
 
-    `conditions` gives the bits of an endpoint's field of that name, `hints` the two lists of names.
+    `fields` gives those of the shapes of endpoints.
     """
     labels, problems, name = metadata.labels, Problems(), metadata.full_name
     family = _FAMILIES.get(shape.address_type)
@@ -267,7 +273,7 @@ def endpoint_slice(
     annotations = metadata.annotations
     weights = annotations.get(WEIGHTS_ANNOTATION)
     endpoints = (
-        _endpoints(shapes, _PACKED_LENGTH[family], problems, conditions, hints) if family else ()
+        _endpoints(fields(shapes), _PACKED_LENGTH[family], problems) if family else Endpoints()
     )
     if weights is not None:
         endpoints = weighted_endpoints(weights, endpoints, problems)
@@ -306,53 +312,55 @@ def _slice_ports(shapes: Sequence[Any], problems: Problems) -> tuple[SlicePort, 
     return _shared(tuple(ports))
 
 
-def _endpoints(
-    shapes: Sequence[Any],
-    length: int,
-    problems: Problems,
-    conditions: Callable[[Any], int],
-    hints: Callable[[Any], Hints],
-) -> tuple[Endpoint, ...]:
-    endpoints, intern = [], sys.intern
-    for index, shape in enumerate(shapes):
-        addresses = shape.addresses
-        address = parse_plain_ipv4(addresses[0]) if addresses else None
-        if address is None or length != 4:
-            address = _endpoint_address(index, addresses, length, problems)
-            if address is None:
-                continue
-        node_hints, zone_hints = hints(shape.hints)
-        target = shape.target_ref
-        endpoints.append(
-            Endpoint(
-                address,
-                conditions(shape.conditions),
-                intern(shape.node_name or ""),
-                intern(shape.zone or ""),
-                node_hints,
-                zone_hints,
-                (target and target.name) or "",
-            )
-        )
-    return tuple(endpoints)
+@lru_cache(maxsize=16384)
+def place(
+    conditions: int,
+    node: str,
+    zone: str,
+    node_hints: tuple[str, ...] = (),
+    zone_hints: tuple[str, ...] = (),
+) -> Place:
+    """The place with these values, one object for all that are equal."""
+    return Place(conditions, sys.intern(node), sys.intern(zone), node_hints, zone_hints)
+
+
+@lru_cache(maxsize=16384)
+def _alone(only: Place) -> tuple[Place, ...]:
+    return (only,)
+
+
+def _endpoints(fields: EndpointFields, length: int, problems: Problems) -> Endpoints:
+    addresses, places, pods = fields
+    joined = parse_plain(addresses, length)
+    if joined is None:
+        parsed = [
+            _endpoint_address(index, text, length, problems) for index, text in enumerate(addresses)
+        ]
+        usable = [index for index, address in enumerate(parsed) if address is not None]
+        joined = b"".join(address for address in parsed if address is not None)
+        places, pods = [places[i] for i in usable], [pods[i] for i in usable]
+    names = "\n".join(pods)
+    if names.count("\n") >= len(pods):  # no pod of Kubernetes has such a name
+        names = "\n".join([pod.replace("\n", " ") for pod in pods])
+    return Endpoints(
+        length, joined, _alone(places[0]) if len(places) == 1 else tuple(places), names
+    )
 
 
 def _endpoint_address(
-    index: int, texts: Sequence[str], length: int, problems: Problems
+    index: int, text: str | None, length: int, problems: Problems
 ) -> Address | None:
-    """The first address, in whatever form; None if it cannot be used."""
-    if not texts:
+    """The address, in whatever form; None if it cannot be used."""
+    if text is None:
         problems.append(f"endpoints[{index}]: has no address; ignored")
         return None
     try:
-        address = parse_address(texts[0])
+        address = parse_address(text)
     except ValueError as error:
         problems.append(f"endpoints[{index}]: {error}; ignored")
         return None
     if len(address) != length:
-        problems.append(
-            f"endpoints[{index}]: {texts[0]} is not of the slice's addressType; ignored"
-        )
+        problems.append(f"endpoints[{index}]: {text} is not of the slice's addressType; ignored")
         return None
     return address
 

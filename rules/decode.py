@@ -13,15 +13,15 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
 
 from rules import checks
-from rules.checks import Hints, Metadata
-from rules.objects import InvalidObject, Object
+from rules.checks import EndpointFields, Metadata
+from rules.objects import InvalidObject, Object, Place
 
 # --- the API's shapes ---------------------------------------------------------------------------
 
@@ -229,21 +229,26 @@ def _service(shape: _ServiceShape) -> Object:
 
 
 def _slice(shape: _SliceShape) -> Object:
-    return checks.endpoint_slice(
-        shape, shape.metadata.checked(), shape.ports or (), _conditions, _hints
+    return checks.endpoint_slice(shape, shape.metadata.checked(), shape.ports or (), _fields)
+
+
+def _fields(shapes: Sequence[_EndpointShape]) -> EndpointFields:
+    return EndpointFields(
+        [shape.addresses[0] if shape.addresses else None for shape in shapes],
+        [_place(shape) for shape in shapes],
+        [(shape.target_ref and shape.target_ref.name) or "" for shape in shapes],
     )
 
 
-def _conditions(shape: _Conditions | None) -> int:
-    if shape is None:
-        return _ABSENT
-    return checks.condition_bits(shape.ready, shape.serving, shape.terminating)
-
-
-def _hints(shape: _Hints | None) -> Hints:
-    if shape is None:
-        return (), ()
-    return _hint_names(shape.for_nodes), _hint_names(shape.for_zones)
+def _place(shape: _EndpointShape) -> Place:
+    state, hints = shape.conditions or _Conditions(), shape.hints or _Hints()
+    return checks.place(
+        checks.condition_bits(state.ready, state.serving, state.terminating),
+        shape.node_name or "",
+        shape.zone or "",
+        _hint_names(hints.for_nodes),
+        _hint_names(hints.for_zones),
+    )
 
 
 def _hint_names(shapes: list[_Hint] | None) -> tuple[str, ...]:

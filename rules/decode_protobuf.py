@@ -17,7 +17,7 @@ same records of both.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from rules import checks
-from rules.checks import Hints, Metadata
-from rules.objects import DEFAULT_AFFINITY_SECONDS, InvalidObject, Object
+from rules.checks import EndpointFields, Metadata
+from rules.objects import DEFAULT_AFFINITY_SECONDS, InvalidObject, Object, Place
 
 _PACKAGE = "sliceproxy.kubernetes"
 
@@ -241,16 +241,20 @@ def _port(data: bytes) -> _PortShape:
     return _PortShape(message.name, message.protocol, port)
 
 
-@lru_cache(maxsize=64)
-def _conditions(data: bytes) -> int:
-    message = parse("EndpointConditions", data)
-    return checks.condition_bits(message.ready, message.serving, message.terminating)
+def _fields(messages: Sequence[Any]) -> EndpointFields:
+    messages = list(messages)  # each access to a message of a list makes an object
+    return EndpointFields(
+        [message.addresses[0] if message.addresses else None for message in messages],
+        [_place(m.conditions, m.node_name, m.zone, m.hints) for m in messages],
+        [message.target_ref.name for message in messages],
+    )
 
 
 @lru_cache(maxsize=16384)
-def _hints(data: bytes) -> Hints:
-    message = parse("EndpointHints", data)
-    return _names(message.for_nodes), _names(message.for_zones)
+def _place(conditions: bytes, node: str, zone: str, hints: bytes) -> Place:
+    state, hinted = parse("EndpointConditions", conditions), parse("EndpointHints", hints)
+    bits = checks.condition_bits(state.ready, state.serving, state.terminating)
+    return checks.place(bits, node, zone, _names(hinted.for_nodes), _names(hinted.for_zones))
 
 
 def _names(hints: Any) -> tuple[str, ...]:
@@ -263,7 +267,7 @@ def _service(message: Any) -> Object:
 
 def _endpoint_slice(message: Any) -> Object:
     ports = [_port(data) for data in message.ports]
-    return checks.endpoint_slice(message, _metadata(message), ports, _conditions, _hints)
+    return checks.endpoint_slice(message, _metadata(message), ports, _fields)
 
 
 def _node(message: Any) -> Object:

@@ -208,7 +208,9 @@ def _port_table(
         _Policy.of(lists.cluster) if uses_cluster else None,
         _Policy.of(lists.local) if any(f.local for f in using) else None,
     )
-    rows, notes = [], []
+    rows: list[tuple[Endpoint, int, EndpointSlice]] = []
+    counting: dict[Target, int] = {}  # which row
+    notes = []
     for piece in slices:
         if piece.family != family:
             continue
@@ -223,10 +225,20 @@ def _port_table(
             )
         for number in numbers:
             for endpoint in piece.endpoints:
-                row = (endpoint, number, piece.name.name)
-                rows.append(_row(row, lists, policies, place))
+                target = target_of(endpoint.address, number)
+                if endpoint == lists.found[target]:
+                    other = counting.setdefault(target, len(rows))
+                    # of equal copies the one in the youngest slice, see `selection.candidates`
+                    if other < len(rows) and piece.created > rows[other][2].created:
+                        counting[target] = len(rows)
+                rows.append((endpoint, number, piece))
     protocol = PROTOCOL_NAMES[port.protocol]
-    return PortTable(port.name, protocol, port.port, family, _sorted(rows), tuple(notes))
+    counts = set(counting.values())
+    found = [
+        _row(row, lists, policies, place, counts=number in counts)
+        for number, row in enumerate(rows)
+    ]
+    return PortTable(port.name, protocol, port.port, family, _sorted(found), tuple(notes))
 
 
 def _named(port: ServicePort) -> str:
@@ -252,14 +264,15 @@ def _sorted(rows: list[Row]) -> tuple[Row, ...]:
 
 
 def _row(
-    item: tuple[Endpoint, int, str],
+    item: tuple[Endpoint, int, EndpointSlice],
     lists: PortLists,
     policies: tuple[_Policy | None, _Policy | None],
     place: NodeLocation,
+    *,
+    counts: bool,
 ) -> Row:
-    endpoint, port, slice_name = item
+    endpoint, port, piece = item
     target = target_of(endpoint.address, port)
-    counts = lists.found[target] is endpoint
 
     def use(policy: _Policy | None) -> Use | None:
         if policy is None:
@@ -280,7 +293,7 @@ def _row(
         endpoint.node_hints,
         endpoint.zone_hints,
         endpoint.pod,
-        slice_name,
+        piece.name.name,
         counts,
         cluster,
         local,

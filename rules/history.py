@@ -25,7 +25,9 @@ from rules.objects import (
     TERMINATING,
     Address,
     Endpoint,
+    Endpoints,
     EndpointSlice,
+    Row,
     Service,
     address_text,
 )
@@ -174,9 +176,14 @@ def _differing_endpoints(
 ) -> tuple[dict[Address, Endpoint], dict[Address, Endpoint]]:
     """The endpoints of both versions by address, without those that are equal at equal places:
     most of them, where one endpoint of many has changed."""
-    old, new = (piece.endpoints if piece else () for piece in (before, after))
-    both = [pair for pair in zip_longest(old, new) if pair[0] != pair[1]]
-    return {a.address: a for a, _ in both if a}, {b.address: b for _, b in both if b}
+    old, new = (piece.endpoints if piece else Endpoints() for piece in (before, after))
+    both = [pair for pair in zip_longest(old.rows(), new.rows()) if pair[0] != pair[1]]
+    had, has = zip(*both, strict=True) if both else ((), ())
+    return _by_address(had), _by_address(has)
+
+
+def _by_address(rows: Iterable[Row | None]) -> dict[Address, Endpoint]:
+    return {row[0][0]: Endpoint(row[0][0], *row[1], row[2]) for row in rows if row}
 
 
 def _of_endpoint(

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from functools import lru_cache
-from socket import AF_INET, inet_pton
+from socket import AF_INET, AF_INET6, inet_pton
+from struct import iter_unpack
 from typing import NamedTuple
 
 import msgspec
@@ -155,6 +157,66 @@ class WeightedEndpoint(Endpoint, frozen=True, gc=False):
         return cls(**msgspec.structs.asdict(endpoint), weight=weight)
 
 
+class Place(NamedTuple):
+    """What many endpoints have in common: all of an `Endpoint` but its address and pod."""
+
+    conditions: int
+    node: str
+    zone: str
+    node_hints: tuple[str, ...]
+    zone_hints: tuple[str, ...]
+
+
+Row = tuple[tuple[Address], Place, str]
+"""An endpoint's address, place and pod, as columns give it."""
+
+
+class Endpoints(msgspec.Struct, frozen=True, gc=False):
+    """The endpoints of a slice, as columns: 35 bytes for each where an `Endpoint` takes 190.
+
+    `addresses` of `length` bytes are joined, and so are `pods`, with newlines between them.
+    `weights`, if there are any, has None for an endpoint without one.
+    """
+
+    length: int = 4
+    addresses: bytes = b""
+    places: tuple[Place, ...] = ()
+    pods: str = ""
+    weights: tuple[int | None, ...] = ()
+
+    @classmethod
+    def of(cls, endpoints: Sequence[Endpoint]) -> Endpoints:
+        """These endpoints, all of one family and without weights."""
+        return cls(
+            len(endpoints[0].address) if endpoints else 4,
+            b"".join(e.address for e in endpoints),
+            tuple(
+                Place(e.conditions, e.node, e.zone, e.node_hints, e.zone_hints) for e in endpoints
+            ),
+            "\n".join(e.pod for e in endpoints),
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        found = [Endpoint(address, *place, pod) for (address,), place, pod in self.rows()]
+        if not self.weights:
+            return iter(found)
+        weighted = zip(found, self.weights, strict=True)
+        return (e if w is None else WeightedEndpoint.of(e, w) for e, w in weighted)
+
+    def rows(self) -> Iterator[Row]:
+        """The endpoints without their weights and without an object for each."""
+        # without endpoints there is one pod, the empty one
+        return zip(
+            iter_unpack(f"{self.length}s", self.addresses),
+            self.places,
+            self.pods.split("\n"),
+            strict=False,
+        )
+
+
 class SlicePort(NamedTuple):
     """A port of a slice; the number is the target port and may differ between slices."""
 
@@ -176,7 +238,7 @@ class EndpointSlice(msgspec.Struct, frozen=True):
     headless: bool
     family: int
     ports: tuple[SlicePort, ...]
-    endpoints: tuple[Endpoint, ...]
+    endpoints: Endpoints
     triggered: str = ""
     problems: tuple[str, ...] = ()
     created: str = ""
@@ -209,7 +271,11 @@ Object = Service | EndpointSlice | Node | ServiceCIDR
 
 # --- single values ------------------------------------------------------------------------------
 
-_USUAL_FIRST = frozenset(range(1, 224)) - {127, 169}
+_USUAL_FIRST = {
+    4: frozenset(range(1, 224)) - {127, 169},
+    16: frozenset((*range(0x20, 0x40), 0xFC, 0xFD)),  # global and unique local
+}
+"""By length, first bytes of addresses that may be sent to, whatever follows."""
 _LEADING_ZEROS = re.compile(r"\b0+(?=[0-9a-fA-F])")
 _UNUSABLE = {
     "is_unspecified": "is the unspecified address",
@@ -221,14 +287,26 @@ _UNUSABLE = {
 def parse_plain_ipv4(text: str) -> Address | None:
     """An IPv4 address in the usual form, at a fiftieth of `ipaddress`'s time; None for all others.
 
-    inet_pton refuses other forms: fewer than four numbers, leading zeros, blanks. With 50,000
-    endpoints it takes 3 ms of a start where Python took 23.
+    inet_pton refuses other forms: fewer than four numbers, leading zeros, blanks.
     """
     try:
         packed = inet_pton(AF_INET, text)
     except (OSError, ValueError):
         return None
-    return packed if packed[0] in _USUAL_FIRST else None
+    return packed if packed[0] in _USUAL_FIRST[4] else None
+
+
+def parse_plain(texts: Sequence[str | None], length: int) -> bytes | None:
+    """Addresses of `length` bytes in the usual form, joined; None if one of them is not such.
+
+    With 50,000 endpoints it takes 10 ms of a start; one address after the other took 30.
+    """
+    family = AF_INET if length == 4 else AF_INET6
+    try:
+        joined = b"".join([inet_pton(family, text) for text in texts])  # type: ignore[arg-type]
+    except (OSError, ValueError, TypeError):
+        return None
+    return joined if _USUAL_FIRST[length].issuperset(joined[::length]) else None
 
 
 def parse_address(text: str, *, link_local: bool = False) -> Address:

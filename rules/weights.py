@@ -21,6 +21,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from rules.objects import (
     MAX_ENDPOINTS_PER_SLICE,
     RANDOM_CHOICE,
@@ -28,6 +30,7 @@ from rules.objects import (
     Algorithm,
     Balancing,
     Endpoint,
+    Endpoints,
     WeightedEndpoint,
     parse_address,
 )
@@ -75,20 +78,15 @@ def balancing(annotations: Mapping[str, str], problems: list[str]) -> Balancing:
         return RANDOM_CHOICE
 
 
-def weighted_endpoints(
-    text: str, endpoints: tuple[Endpoint, ...], problems: list[str]
-) -> tuple[Endpoint, ...]:
+def weighted_endpoints(text: str, endpoints: Endpoints, problems: list[str]) -> Endpoints:
     """A slice's endpoints with the weights of its annotation."""
     try:
         weights = dict(_parse(WEIGHTS_ANNOTATION, text, _endpoint))
     except ValueError as error:
         problems.append(f"{error}; ignored")
         return endpoints
-    return tuple(
-        endpoint if weight is None else WeightedEndpoint.of(endpoint, weight)
-        for endpoint in endpoints
-        for weight in (weights.get(endpoint.pod, weights.get(endpoint.address)),)
-    )
+    found = tuple(weights.get(e.pod, weights.get(e.address)) for e in endpoints)
+    return msgspec.structs.replace(endpoints, weights=found)
 
 
 def _parse(name: str, text: str | None, key: Callable[[str], Address | str]) -> Weights:

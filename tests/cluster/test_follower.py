@@ -309,7 +309,7 @@ def test_changes(run: Run) -> None:
     server.delete("EndpointSlice", "web-1-ipv4")
     run.check()
     key = ("EndpointSlice", "default/web-0-ipv4")
-    run.inbox.wait(lambda: run.inbox.table[key].endpoints[0].address[-1] == 99)  # type: ignore[union-attr]
+    run.inbox.wait(lambda: run.inbox.table[key].endpoints.addresses[-1] == 99)  # type: ignore[union-attr]
 
 
 def test_a_label_makes_a_service_foreign(run: Run) -> None:

@@ -19,7 +19,17 @@ import structlog
 from agent.serve.health import Health, HealthServer, Heartbeat, WatchAges, livez
 from agent.serve.http import Log, TcpAddress, listen
 from rules.health_check import HealthCheck, health_check
-from rules.objects import READY, SERVING, TCP, TERMINATING, Endpoint, EndpointSlice, Name, SlicePort
+from rules.objects import (
+    READY,
+    SERVING,
+    TCP,
+    TERMINATING,
+    Endpoint,
+    Endpoints,
+    EndpointSlice,
+    Name,
+    SlicePort,
+)
 from rules.objects import Service as ServiceObject
 
 WEB = Name("shop", "web")
@@ -466,7 +476,7 @@ def piece(family: int, *endpoints: tuple[str, int, str], ports: int = 1) -> Endp
         False,
         family,
         tuple(SlicePort(str(i), TCP, 8000 + i) for i in range(ports)),
-        tuple(Endpoint(ipaddress.ip_address(a).packed, c, n) for a, c, n in endpoints),
+        Endpoints.of([Endpoint(ipaddress.ip_address(a).packed, c, n) for a, c, n in endpoints]),
     )
 
 

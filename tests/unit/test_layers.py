@@ -28,7 +28,7 @@ FORBIDDEN = {
 }
 """Sockets, files, processes and threads, clocks and chance, logs, clusters."""
 
-PURE = {("socket", "inet_pton"), ("socket", "AF_INET")}
+PURE = {("socket", "inet_pton"), ("socket", "AF_INET"), ("socket", "AF_INET6")}
 """Names of forbidden modules that are values or turn text into bytes and do nothing else."""
 
 ALLOWED_PACKAGES = {"msgspec", "google", "rules"}

@@ -28,7 +28,7 @@ from agent.serve.metrics import (
 from rules.counts import FrontendCounts
 from rules.diff import Change
 from rules.events import Delete, NodeAddresses, Synced, Upsert
-from rules.objects import Endpoint, EndpointSlice, Name, Service, ServicePort, SlicePort
+from rules.objects import Endpoint, Endpoints, EndpointSlice, Name, Service, ServicePort, SlicePort
 from rules.problems import CODES
 from rules.program import Surroundings, no_local_endpoints, program
 from rules.selection import NodeLocation
@@ -63,7 +63,7 @@ def piece(family: int = 4, triggered: str = "", node: str = "here") -> EndpointS
     endpoint = Endpoint(b"\x0a\0\0\1" if family == 4 else bytes(15) + b"\1", 3, node)
     ports = (SlicePort("http", 6, 8080), SlicePort("alt", 6, 8081))
     return EndpointSlice(
-        Name("shop", "web-x"), WEB, None, False, family, ports, (endpoint,), triggered
+        Name("shop", "web-x"), WEB, None, False, family, ports, Endpoints.of([endpoint]), triggered
     )
 
 

@@ -33,6 +33,7 @@ from rules.objects import (
     SlicePort,
     parse_address,
     parse_network,
+    parse_plain,
 )
 from tests import manifest
 from tests.fuzzing import fuzzed
@@ -482,12 +483,12 @@ def test_null_lists_are_empty_lists():
     assert (found.external_ips, found.ports, found.proxy_name) == ((), (), None)
     assert found.problems == ()
     piece = slice_of(endpoints=None, ports=None)
-    assert (piece.endpoints, piece.ports, piece.problems) == ((), (), ())
+    assert (*piece.endpoints, *piece.ports, *piece.problems) == ()
     bare = {"addresses": ["10.0.0.1"], "hints": None, "targetRef": None, "nodeName": None}
     (found_endpoint,) = slice_of({**bare, "conditions": None, "zone": None}).endpoints
     assert found_endpoint == Endpoint(packed("10.0.0.1"), READY | SERVING)
     hints = {"forZones": None, "forNodes": None}
-    assert slice_of({**bare, "hints": hints}).endpoints == (found_endpoint,)
+    assert list(slice_of({**bare, "hints": hints}).endpoints) == [found_endpoint]
     node = decode("Node", b'{"metadata":{"name":"n"},"spec":null,"status":null}')
     assert node == Node("n", "", (), ())
     cidr = decode("ServiceCIDR", b'{"metadata":{"name":"c"},"spec":{"cidrs":null}}')
@@ -642,7 +643,7 @@ def test_a_slice_has_at_most_a_thousand_endpoints():
 
 def test_a_slice_of_names_has_no_endpoints_and_no_problem():
     found = slice_of(manifest.endpoint("example.com"), addressType="FQDN")
-    assert (found.family, found.endpoints, found.problems) == (0, (), ())
+    assert (found.family, *found.endpoints, *found.problems) == (0,)
 
 
 NFT_SYNTAX = ('"; flush ruleset; #', "x }\nflush ruleset\n{", "$(reboot)", "a\0b", "' ; drop", "*")
@@ -658,7 +659,7 @@ def test_names_that_mean_something_to_nft_are_just_names(text):
         manifest.endpoint("10.0.0.1", node=text, zone=text, for_zones=[text], for_nodes=[text]),
         ports=[{"name": text, "port": 80}],
     )
-    assert piece.endpoints[0].node == text
+    assert next(iter(piece.endpoints)).node == text
     assert piece.ports[0].name == text
 
 
@@ -853,3 +854,31 @@ def test_a_good_object_with_one_value_missing_or_null_never_raises(document):
             else:
                 del place[last]
             check_documents(json.dumps(changed).encode())
+
+
+# --- endpoints as columns ------------------------------------------------------------------------
+
+
+@given(st.lists(st.ip_addresses(), max_size=4), st.sampled_from([4, 16]))
+def test_addresses_read_together_are_those_read_one_by_one(addresses, length):
+    """Or they are left to the slower reader, which must be so for all that it refuses."""
+    joined = parse_plain([str(a) for a in addresses], length)
+    if joined is not None:
+        one_by_one = [parse_address(str(a)) for a in addresses]
+        assert joined == b"".join(one_by_one)
+        assert all(len(a) == length for a in one_by_one)
+
+
+@pytest.mark.parametrize("text", [text for text, _ in REFUSED])
+@pytest.mark.parametrize("length", [4, 16])
+def test_no_refused_address_is_read_quickly(text, length):
+    assert parse_plain(["10.0.0.1" if length == 4 else "fd00::1", text], length) is None
+
+
+def test_a_pod_whose_name_has_a_newline_moves_no_other():
+    names = ["one\ntwo", "three"]
+    rows = [
+        {**manifest.endpoint(f"10.0.0.{n}"), "targetRef": {"kind": "Pod", "name": name}}
+        for n, name in enumerate(names, 1)
+    ]
+    assert [e.pod for e in slice_of(*rows).endpoints] == ["one two", "three"]

@@ -15,6 +15,7 @@ from rules.objects import (
     TERMINATING,
     UDP,
     Endpoint,
+    Endpoints,
     EndpointSlice,
     Name,
     ServicePort,
@@ -67,7 +68,7 @@ def piece(
         False,
         family,
         ports,
-        endpoints,
+        Endpoints.of(endpoints),
         created=created,
     )
 
@@ -188,7 +189,7 @@ def test_absent_conditions_mean_what_the_api_says(ready, serving, terminating):
     explicit_nulls = manifest.endpoint(
         "10.0.0.1", ready=ready, serving=serving, terminating=terminating
     )
-    assert manifest.endpoint_slice("web", [explicit_nulls]).endpoints == (decoded,)
+    assert list(manifest.endpoint_slice("web", [explicit_nulls]).endpoints) == [decoded]
 
 
 @pytest.mark.parametrize("conditions", ["absent", None, {}])
