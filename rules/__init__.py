@@ -1,9 +1,9 @@
 """What should be in the kernel: values in, values out.
 
 Nothing in this package opens a socket, reads a clock or logs. `agent` imports it, never the
-other way round. The way of a change runs through its modules in this order:
+other way round. A change passes through its modules in this order:
 
-    objects -> selection -> frontends -> program -> slots -> diff -> nft | netlink
+    objects -> selection -> frontends -> program -> slots -> diff -> transaction -> text | netlink
 
-with `language` (the words rules are made of) and `tables` (the constant rules) beside it.
+`language` is the model in which rules are written, `tables` has the constant rules.
 """

@@ -1,4 +1,4 @@
-"""From the API's fields to records: every value is checked here, in whichever encoding it came.
+"""From the API's fields to records: every value is checked here, whatever its encoding was.
 
 The functions take an object's shape, that is, an object whose attributes are the API's fields in
 snake_case: a msgspec structure from JSON or a protobuf message. An absent field is None or the
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
+from rules.language import ADDRESS_LENGTH
 from rules.objects import (
     DEFAULT_AFFINITY_SECONDS,
     HEADLESS_LABEL,
@@ -73,8 +74,8 @@ class Metadata(NamedTuple):
         return self.name
 
 
-class Problems(list[str]):
-    """Unusable values of an object that is otherwise valid."""
+class UnusableValues(list[str]):
+    """What is wrong with values of an object that is otherwise valid: its `problems`."""
 
     def usable(
         self, where: str, parse: Callable[[str], _T], texts: Sequence[str]
@@ -134,7 +135,7 @@ _parse_load_balancer_ip = partial(parse_address, link_local=True)
 
 def service(shape: Any, metadata: Metadata) -> Service:
     """A Service. Raises ValueError if it has no name."""
-    spec, problems = shape.spec, Problems()
+    spec, problems = shape.spec, UnusableValues()
     kind = problems.choice("spec.type", spec.type, _TYPES)
     addresses = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
     proxied = kind != "ExternalName" and bool(addresses) and addresses[0] not in ("", "None")
@@ -175,7 +176,7 @@ def service(shape: Any, metadata: Metadata) -> Service:
     )
 
 
-def _service_ports(shapes: Sequence[Any], problems: Problems) -> tuple[ServicePort, ...]:
+def _service_ports(shapes: Sequence[Any], problems: UnusableValues) -> tuple[ServicePort, ...]:
     ports: dict[tuple[int, int], ServicePort] = {}
     for index, shape in enumerate(shapes):
         where = f"spec.ports[{index}]"
@@ -194,7 +195,7 @@ def _service_ports(shapes: Sequence[Any], problems: Problems) -> tuple[ServicePo
     return _shared(tuple(ports.values()))
 
 
-def _affinity_seconds(spec: Any, problems: Problems) -> int:
+def _affinity_seconds(spec: Any, problems: UnusableValues) -> int:
     kind = problems.choice("spec.sessionAffinity", spec.session_affinity, ("None", "ClientIP"))
     if kind == "None":
         return 0
@@ -211,12 +212,12 @@ def _affinity_seconds(spec: Any, problems: Problems) -> int:
     return seconds
 
 
-def _health_check_node_port(spec: Any, problems: Problems) -> int:
+def _health_check_node_port(spec: Any, problems: UnusableValues) -> int:
     number: int = spec.health_check_node_port or 0
     return number if number and problems.port("spec.healthCheckNodePort", number) else 0
 
 
-def _source_ranges(spec: Any, problems: Problems) -> tuple[Network, ...]:
+def _source_ranges(spec: Any, problems: UnusableValues) -> tuple[Network, ...]:
     """The ranges, per family merged so that none overlaps another.
 
     Without any range an address is open to all sources. So a list of which no range parses
@@ -237,7 +238,6 @@ def _source_ranges(spec: Any, problems: Problems) -> tuple[Network, ...]:
 # --- EndpointSlice ------------------------------------------------------------------------------
 
 _FAMILIES = {"IPv4": 4, "IPv6": 6, "FQDN": 0}
-_PACKED_LENGTH = {4: 4, 6: 16}
 
 
 class EndpointFields(NamedTuple):
@@ -259,7 +259,7 @@ def endpoint_slice(
 
     `fields` gives those of the shapes of endpoints.
     """
-    labels, problems, name = metadata.labels, Problems(), metadata.full_name
+    labels, problems, name = metadata.labels, UnusableValues(), metadata.full_name
     family = _FAMILIES.get(shape.address_type)
     if family is None:
         raise ValueError(f"addressType {shape.address_type!r} is none of IPv4, IPv6, FQDN")
@@ -273,7 +273,7 @@ def endpoint_slice(
     annotations = metadata.annotations
     weights = annotations.get(WEIGHTS_ANNOTATION)
     endpoints = (
-        _endpoints(fields(shapes), _PACKED_LENGTH[family], problems) if family else Endpoints()
+        _endpoints(fields(shapes), ADDRESS_LENGTH[family], problems) if family else Endpoints()
     )
     if weights is not None:
         endpoints = weighted_endpoints(weights, endpoints, problems)
@@ -301,7 +301,7 @@ def condition_bits(ready: bool | None, serving: bool | None, terminating: bool |
     return published * READY | serves * SERVING | bool(terminating) * TERMINATING
 
 
-def _slice_ports(shapes: Sequence[Any], problems: Problems) -> tuple[SlicePort, ...]:
+def _slice_ports(shapes: Sequence[Any], problems: UnusableValues) -> tuple[SlicePort, ...]:
     ports = []
     for index, shape in enumerate(shapes):
         where = f"ports[{index}]"
@@ -329,7 +329,7 @@ def _alone(only: Place) -> tuple[Place, ...]:
     return (only,)
 
 
-def _endpoints(fields: EndpointFields, length: int, problems: Problems) -> Endpoints:
+def _endpoints(fields: EndpointFields, length: int, problems: UnusableValues) -> Endpoints:
     addresses, places, pods = fields
     joined = parse_plain(addresses, length)
     if joined is None:
@@ -348,7 +348,7 @@ def _endpoints(fields: EndpointFields, length: int, problems: Problems) -> Endpo
 
 
 def _endpoint_address(
-    index: int, text: str | None, length: int, problems: Problems
+    index: int, text: str | None, length: int, problems: UnusableValues
 ) -> Address | None:
     """The address, in whatever form; None if it cannot be used."""
     if text is None:
@@ -370,7 +370,7 @@ def _endpoint_address(
 
 def node(shape: Any, metadata: Metadata) -> Node:
     """A Node. Raises ValueError if it has no name."""
-    problems, spec, status = Problems(), shape.spec, shape.status
+    problems, spec, status = UnusableValues(), shape.spec, shape.status
     addresses = (status and status.addresses) or ()
     cidrs = (spec and (spec.pod_cidrs or (spec.pod_cidr and [spec.pod_cidr]))) or ()
     # the order in which kube-proxy and the kubelet prefer them
@@ -390,6 +390,6 @@ def node(shape: Any, metadata: Metadata) -> Node:
 
 def service_cidr(shape: Any, metadata: Metadata) -> ServiceCIDR:
     """A ServiceCIDR. Raises ValueError if it has no name."""
-    problems = Problems()
+    problems = UnusableValues()
     cidrs = problems.usable("spec.cidrs", parse_network, shape.spec.cidrs or ())
     return ServiceCIDR(metadata.own_name, cidrs, tuple(problems))

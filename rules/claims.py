@@ -28,12 +28,10 @@ from rules.program import Claim, Program
 from rules.tables import SETS
 from rules.target import PORT_LENGTH
 
-_NAMELESS = "9999"
-"""A creation time behind all others, for objects without one."""
-
-
 CROWD = 64
 """With more claimants the holder is not named: each change of it would reword all of them."""
+_UNDATED = "9999"
+"""A creation time after all others, for objects without one."""
 
 
 class Rank(NamedTuple):
@@ -51,7 +49,7 @@ def rank(program: Program, claim: Claim, name: Name) -> Rank:
     external = wanted.frontend.kind in (Kind.LOAD_BALANCER_IP, Kind.EXTERNAL_IP)
     # external addresses are asked from inside too, so this counts endpoints on all nodes
     everywhere = wanted.endpoints if wanted.inside is None else wanted.inside
-    return Rank(external, external and not everywhere, program.created or _NAMELESS, name)
+    return Rank(external, external and not everywhere, program.created or _UNDATED, name)
 
 
 class Rivals:

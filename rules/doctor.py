@@ -199,7 +199,7 @@ def program_of(table: str, chains: Iterable[str]) -> str:
 def _reverse_path(facts: Facts) -> Check:
     title = "Reverse path filtering lets answers in"
     strict = [i.name for i in facts.interfaces if i.rp_filter == 1]
-    # with a default route alone every source has its way back there: strict does no harm
+    # with a default route alone it is the route to every source: strict does no harm
     others = [i.name for i in facts.interfaces if not i.default_route and i.name != "lo"]
     if not strict or (len(others) <= 1 and len(strict) <= 1):
         return Check("rp-filter", title, OK, "no interface is strict where routes may differ")
@@ -258,7 +258,7 @@ def _node(facts: Facts) -> Check:
         "node",
         title,
         FAILED,
-        "no Node has this node's name: endpoints here are not recognised as local",
+        "no Node has this node's name: endpoints here are not recognized as local",
         "Give --node with the name that `kubectl get nodes` shows (NODE_NAME from spec.nodeName).",
     )
 

@@ -1,4 +1,4 @@
-"""What the sources tell the loop.
+"""What the sources report to the loop.
 
 A source puts lists of events into the loop's queue; a list is applied as a whole and ends in one
 transaction, so whatever belongs together (a changed file, a relist) stays together.
@@ -12,13 +12,13 @@ from rules.objects import Address, Name, Object
 
 
 class Upsert(NamedTuple):
-    """An object is there, in this form; the loop finds out what is new about it."""
+    """An object was added or has changed: this is its current version."""
 
     object: Object
 
 
 class Delete(NamedTuple):
-    """An object is gone. `kind` is the record's type, `name` its `name`."""
+    """An object was deleted. `kind` is the record's type, `name` its `name`."""
 
     kind: type[Object]
     name: Name | str
@@ -35,7 +35,7 @@ class NodeAddresses(NamedTuple):
     """The addresses of this machine's interfaces, all of them, after a change.
 
     `primary` holds at most one address per family: the one that traffic to the default route
-    would leave with.
+    would have.
     """
 
     addresses: frozenset[Address]
@@ -46,7 +46,7 @@ class ApiServers(NamedTuple):
     """Where the source reaches the API server: packed addresses and TCP ports, all of them.
 
     External addresses of Services that equal one of these are refused: they would cut the agent
-    off from the only source that can take them back.
+    off from the only source that can report their removal.
     """
 
     endpoints: frozenset[tuple[Address, int]]

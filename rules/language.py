@@ -190,6 +190,7 @@ def _length(fields: Concat) -> int:
 
 
 # --- statements ---------------------------------------------------------------------------------
+# A match that fails ends its rule, and the packet continues with the next one.
 
 
 class Predicate(Enum):
@@ -203,21 +204,21 @@ class Predicate(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Is:
-    """Goes on if the predicate holds."""
+    """Continues if the predicate holds."""
 
     predicate: Predicate
 
 
 @dataclass(frozen=True, slots=True)
 class IsProtocol:
-    """Goes on if the packet's transport protocol is this one (an IP protocol number)."""
+    """Continues if the packet's transport protocol is this one (an IP protocol number)."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class In:
-    """Goes on if the concatenation is in the set, or is not."""
+    """Continues if the concatenation is in the set, or is not."""
 
     fields: Concat
     set: Set
@@ -226,7 +227,8 @@ class In:
 
 @dataclass(frozen=True, slots=True)
 class NotFromInterface:
-    """Goes on if the packet came in elsewhere than at `name`; `prefix` takes name as a prefix."""
+    """Continues if the packet did not arrive at interface `name`, or with `prefix` at none whose
+    name begins so."""
 
     name: str
     prefix: bool = False
@@ -234,7 +236,8 @@ class NotFromInterface:
 
 @dataclass(frozen=True, slots=True)
 class FromInterface:
-    """Goes on if the packet came in at `name`; `prefix` takes the name as a prefix."""
+    """Continues if the packet arrived at interface `name`, or with `prefix` at one whose name
+    begins so."""
 
     name: str
     prefix: bool = False
@@ -242,7 +245,7 @@ class FromInterface:
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """Goes on if one of the bits is set in the packet's mark."""
+    """Continues if one of the bits is set in the packet's mark."""
 
     bits: int
 
@@ -271,7 +274,7 @@ class GoBy:
 
 @dataclass(frozen=True, slots=True)
 class Translate:
-    """DNAT to the target that the map has for the concatenation; a miss goes on."""
+    """DNAT to the target that the map has for the concatenation; a miss continues."""
 
     fields: Concat
     map: Set
@@ -292,20 +295,20 @@ class Remember:
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """Goes through a chain and comes back."""
+    """Runs a chain, then continues with the next rule."""
 
     chain: str
 
 
 @dataclass(frozen=True, slots=True)
 class Goto:
-    """Goes through a chain and does not come back."""
+    """Runs a chain and does not return to this one."""
 
     chain: str
 
 
 class Final(Enum):
-    """Statements that end the packet's way through the chain."""
+    """Statements that end the packet's path through the chain."""
 
     DROP = "drop"
     RETURN = "return"

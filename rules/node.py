@@ -1,7 +1,7 @@
 """What is known of this node, and what follows from it: addresses, pods, node ports, layouts.
 
-A Node object that is deleted, or that loses its addresses, zone or pod CIDRs, does not take away
-what is known of them: the node is still there and forwards packets (kube-proxy does the same).
+When the Node object is deleted, or loses its addresses, zone or pod CIDRs, their last known values
+stay in use: the node still forwards packets (kube-proxy does the same).
 """
 
 from __future__ import annotations
@@ -78,19 +78,19 @@ class LocalNode:
         return True
 
     def delete(self, name: str) -> bool:
-        """The Node object is gone. Returns whether it was this node's."""
+        """The Node object was deleted. Returns whether it was this node's."""
         if name != self.options.node:
             return False
         self.exists, self.leaving, self.changed = False, True, True
         return True
 
     def put_service_cidr(self, new: ServiceCIDR) -> None:
-        """A ServiceCIDR is there, in this form."""
+        """A ServiceCIDR was added or has changed."""
         self.changed = self.changed or self.service_cidrs.get(new.name) != new
         self.service_cidrs[new.name] = new
 
     def delete_service_cidr(self, name: str) -> None:
-        """The ServiceCIDR is gone."""
+        """The ServiceCIDR was deleted."""
         self.changed = self.service_cidrs.pop(name, None) is not None or self.changed
 
     # what follows

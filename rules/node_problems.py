@@ -35,7 +35,7 @@ class NodeProblems:
         self._compared: tuple[tuple[Network, ...], frozenset[Address]] = ((), frozenset())
 
     def shared_added(self, element: SetElement) -> None:
-        """A Service has brought an element that Services share."""
+        """An element that Services share was added."""
         owner, key, _ = element
         if owner is SETS[owner.family].hairpins:
             address = key[: len(key) // 2]
@@ -55,7 +55,7 @@ class NodeProblems:
                 self._stale = True
 
     def synced(self) -> None:
-        """The source is complete: before that, a Node that is not there may be still to come."""
+        """The source is complete: until then, a missing Node may only not have been listed yet."""
         self._synced = self._stale = True
 
     def compare(self) -> None:

@@ -1,4 +1,4 @@
-"""What an operator can choose of the data plane, as plain records, with kube-proxy's defaults."""
+"""The data plane's options, with kube-proxy's defaults."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from rules.objects import PROTOCOL_NAMES
 
 Key = bytes
 Value = bytes | str | None
-"""An element's data: a target's bytes, the chain a verdict goes to, the inclusive upper end of a
+"""An element's data: a target's bytes, the chain of a verdict's goto, the inclusive upper end of a
 range, or nothing."""
 
 Element = tuple[Key, Value]
@@ -218,11 +218,3 @@ def _ranges(fields: Concat, low: bytes, high: bytes) -> Iterator[str]:
         start, end = ipaddress.ip_address(first), ipaddress.ip_address(last)
         networks = list(ipaddress.summarize_address_range(start, end))
         yield str(networks[0]) if len(networks) == 1 else f"{start}-{end}"
-
-
-def command(verb: str, owner: Set, item: Element) -> str:
-    """A change of one element as nft's command, for instance `add element ip ...`."""
-    return (
-        f"{verb} element {FAMILY_NAME[owner.family]} sliceproxy {owner.name}"
-        f" {{ {element(owner, item)} }}"
-    )

@@ -6,7 +6,7 @@ emptied and filled again. A set or a base chain cannot be changed: then the whol
 recreated, in the same transaction, so that packets see the old one or the new one.
 
 The order inside a transaction is fixed by what refers to what: sets and chains come first, rules
-go before what they use is deleted, verdicts before the chains they name.
+are deleted before what they use, verdicts before the chains they name.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def commands(transaction: Transaction) -> Iterator[str]:  # noqa: PLR0912
     ):
         for owner, elements in side.items():
             for element in elements:
-                yield nft.command(verb, owner, element)
+                name = f"{FAMILY_NAME[owner.family]} {TABLE} {owner.name}"
+                yield f"{verb} element {name} {{ {nft.element(owner, element)} }}"
     for t in transaction.tables:
         name = f"{FAMILY_NAME[t.family]} {TABLE}"
         for chain in t.rewritten:

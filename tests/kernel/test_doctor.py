@@ -271,7 +271,7 @@ def test_what_kube_proxy_left_is_found() -> None:
     assert "cleanup --kube-proxy" in check.remedy
 
 
-def test_the_address_of_node_local_dns_is_recognised() -> None:
+def test_the_address_of_node_local_dns_is_recognized() -> None:
     def look() -> Facts:
         run("ip", "link", "set", "lo", "up")
         run("ip", "addr", "add", "10.96.0.10/32", "dev", "lo")
