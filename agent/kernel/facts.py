@@ -19,6 +19,7 @@ from rules.doctor import BaseChain, Facts, Interface, program_of
 from rules.netlink.attributes import attributes, fields, integer, text
 from rules.netlink.nftables import (
     NF_DROP,
+    NFPROTO_NAMES,
     NFT_MSG_GETCHAIN,
     NFT_MSG_GETRULE,
     NFTA_CHAIN_HOOK,
@@ -45,7 +46,6 @@ from rules.tables import TABLE
 _SYS = Path("/proc/sys/net")
 _PROC = Path("/proc/thread-self/net")
 """Not /proc/net: that is the namespace of the process's first thread."""
-_NFPROTO_NAMES = {1: "inet", 2: "ip", 5: "netdev", 7: "bridge", 10: "ip6"}
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
 
 
@@ -182,7 +182,7 @@ def base_chains() -> Iterator[BaseChain]:
     for number, body in chains:
         chain = fields(body)
         table, name = text(chain[NFTA_CHAIN_TABLE]), text(chain[NFTA_CHAIN_NAME])
-        if table == TABLE or NFTA_CHAIN_HOOK not in chain or number not in _NFPROTO_NAMES:
+        if table == TABLE or NFTA_CHAIN_HOOK not in chain or number not in NFPROTO_NAMES:
             continue
         hook = fields(chain[NFTA_CHAIN_HOOK])
         numbered = integer(hook[NFTA_HOOK_HOOKNUM])
@@ -192,7 +192,7 @@ def base_chains() -> Iterator[BaseChain]:
             *dropping.get((number, table, name), []),
         ]
         yield BaseChain(
-            _NFPROTO_NAMES[number],
+            NFPROTO_NAMES[number],
             table,
             name,
             _HOOKS[numbered] if numbered < len(_HOOKS) else str(numbered),

@@ -109,7 +109,7 @@ def apply(
 def configure(
     settings: ConntrackSettings, log: Log, *, root: Path = Path("/"), cores: int | None = None
 ) -> Outcome:
-    """`apply`, and says in the log what was done: one line each for what was and was not."""
+    """`apply`, and logs the outcome: one line for what was set, one for what was not."""
     outcome = apply(settings, root=root, cores=cores)
     if outcome.changed:
         log.info("conntrack_configured", **outcome.changed)

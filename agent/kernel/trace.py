@@ -25,6 +25,7 @@ from rules.netlink.batch import Batch
 from rules.netlink.messages import NLM_F_APPEND, NLM_F_CREATE
 from rules.netlink.nftables import (
     NFNLGRP_NFTRACE,
+    NFPROTO_NAMES,
     NFT_MSG_GETRULE,
     NFT_MSG_NEWRULE,
     NFT_TABLE_F_OWNER,
@@ -33,7 +34,6 @@ from rules.netlink.nftables import (
 )
 from rules.netlink.rule_text import rule_text
 from rules.netlink.trace import (
-    FAMILY_NAMES,
     TraceFilter,
     TraceMessage,
     decode_trace,
@@ -154,7 +154,7 @@ def rule_texts() -> dict[RuleKey, str]:
 def _texts(rules: Iterable[tuple[int, bytes]]) -> Iterator[tuple[RuleKey, str]]:
     for number, body in rules:
         rule = fields(body)
-        family = FAMILY_NAMES.get(number, str(number))
+        family = NFPROTO_NAMES.get(number, str(number))
         yield (
             RuleKey(family, text(rule[NFTA_RULE_TABLE]), integer(rule[NFTA_RULE_HANDLE])),
             rule_text(rule),

@@ -64,8 +64,8 @@ class LocalPort(NamedTuple):
         return f"[{host}]:{self.port}" if self.family == 6 else f"{host}:{self.port}"
 
 
-class Target(NamedTuple):
-    """Where the connections of a port go: the Service's cluster IP and port.
+class Upstream(NamedTuple):
+    """Where the connections of a port are sent: the Service's cluster IP and port.
 
     With `by_node_port` it is the node port at the address from which the cluster IP is reached.
     """
@@ -76,10 +76,10 @@ class Target(NamedTuple):
     by_node_port: bool
 
 
-def targets(service: Service) -> dict[LocalPort, Target]:
+def upstreams(service: Service) -> dict[LocalPort, Upstream]:
     """The loopback ports of a Service."""
     return {
-        LocalPort(FAMILY_OF_LENGTH[len(address)], port.node_port): Target(
+        LocalPort(FAMILY_OF_LENGTH[len(address)], port.node_port): Upstream(
             service.name, address, port.port, service.internal_local
         )
         for address in (service.cluster_ips if service.proxied else ())
@@ -108,9 +108,9 @@ class LocalhostPorts(Worker):
         self._news_closed = False
         self._programmed = False
         self._selector = selectors.DefaultSelector()
-        self._of_service: dict[Name, Mapping[LocalPort, Target]] = {}
+        self._of_service: dict[Name, Mapping[LocalPort, Upstream]] = {}
         self._listeners: dict[LocalPort, _Listener] = {}
-        self._unopened: dict[LocalPort, Target] = {}
+        self._unopened: dict[LocalPort, Upstream] = {}
         self._reported: set[LocalPort] = set()
         self._retry_at = 0.0
         self._accept_again_at: float | None = None
@@ -186,39 +186,39 @@ class LocalhostPorts(Worker):
             match event:
                 case Upsert(Service() as service):
                     ours = service_is_ours(service, self._proxy_name)
-                    self._set(service.name, targets(service) if ours else {})
+                    self._set(service.name, upstreams(service) if ours else {})
                 case Delete(kind, Name() as name) if kind is Service:
                     self._set(name, {})
 
-    def _set(self, name: Name, wanted: Mapping[LocalPort, Target]) -> None:
+    def _set(self, name: Name, wanted: Mapping[LocalPort, Upstream]) -> None:
         before = self._of_service.pop(name, {})
         if wanted:
             self._of_service[name] = wanted
         for port in before.keys() - wanted.keys():
             self._close_port(port, name)
-        for port, target in wanted.items():
+        for port, upstream in wanted.items():
             if listener := self._listeners.get(port):
-                listener.target = target
+                listener.upstream = upstream
             else:
-                self._unopened[port] = target
+                self._unopened[port] = upstream
 
     def _close_port(self, port: LocalPort, name: Name) -> None:
         if port in self._unopened and self._unopened[port].service == name:
             del self._unopened[port]
             self._reported.discard(port)
         listener = self._listeners.get(port)
-        if listener and listener.target.service == name:  # not if another Service has taken it
+        if listener and listener.upstream.service == name:  # not if another Service has taken it
             del self._listeners[port]
             self._watch(listener.sock, 0, listener.accept)
             listener.sock.close()
 
     def _open(self) -> None:
-        failures: list[tuple[LocalPort, Target, OSError]] = []
-        for port, target in list(self._unopened.items()):
+        failures: list[tuple[LocalPort, Upstream, OSError]] = []
+        for port, upstream in list(self._unopened.items()):
             try:
-                listener = _Listener(self, port, target)
+                listener = _Listener(self, port, upstream)
             except OSError as error:
-                failures.append((port, target, error))
+                failures.append((port, upstream, error))
                 continue
             del self._unopened[port]
             self._reported.discard(port)
@@ -228,11 +228,11 @@ class LocalhostPorts(Worker):
         self._retry_at = time.monotonic() + RETRY_SECONDS
         self._report([failure for failure in failures if failure[0] not in self._reported])
 
-    def _report(self, failures: list[tuple[LocalPort, Target, OSError]]) -> None:
-        for port, target, error in failures[:_MAX_LINES]:
+    def _report(self, failures: list[tuple[LocalPort, Upstream, OSError]]) -> None:
+        for port, upstream, error in failures[:_MAX_LINES]:
             self._log.warning(
                 "localhost_port_failed",
-                service=str(target.service),
+                service=str(upstream.service),
                 address=str(port),
                 error=error.strerror,
                 retry_in_seconds=RETRY_SECONDS,
@@ -287,10 +287,10 @@ class LocalhostPorts(Worker):
 
 
 class _Listener:
-    def __init__(self, owner: LocalhostPorts, port: LocalPort, target: Target) -> None:
+    def __init__(self, owner: LocalhostPorts, port: LocalPort, upstream: Upstream) -> None:
         self._owner = owner
         self.port = port
-        self.target = target
+        self.upstream = upstream
         family, host = _LOOPBACK[port.family]
         self.sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -338,7 +338,7 @@ class _Pair:
             # also how long a connect may take; taken back once it is connected
             limit = CONNECT_SECONDS * 1000
             upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
-            with suppress(BlockingIOError):  # it goes on in the background
+            with suppress(BlockingIOError):  # it continues in the background
                 upstream.connect(_address(listener, client.family))
         except OSError:
             upstream.close()
@@ -409,12 +409,12 @@ class _Pair:
 
 
 def _address(listener: _Listener, family: int) -> tuple[str, int]:
-    target = listener.target
-    address = address_text(target.address)
-    if not target.by_node_port:
-        return address, target.port
+    upstream = listener.upstream
+    address = address_text(upstream.address)
+    if not upstream.by_node_port:
+        return address, upstream.port
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, target.port))  # sends nothing, and chooses the source address
+        probe.connect((address, upstream.port))  # sends nothing, and chooses the source address
         return probe.getsockname()[0], listener.port.port
 
 

@@ -14,6 +14,8 @@ NFNLGRP_NFTABLES, NFNLGRP_NFTRACE = 7, 9
 
 NFPROTO = {4: 2, 6: 10}
 """NFPROTO_IPV4 and NFPROTO_IPV6, by family."""
+NFPROTO_NAMES = {1: "inet", 2: "ip", 5: "netdev", 7: "bridge", 10: "ip6"}
+"""A table's family as nft writes it, by NFPROTO_*."""
 FAMILY_OF_NFPROTO = {number: family for family, number in NFPROTO.items()}
 
 # enum nf_tables_msg_types

@@ -14,7 +14,11 @@ from rules.netlink.attributes import attribute, fields, integer, nest, string, t
 from rules.netlink.expressions import bitwise, compare, expression, meta, offset_of, payload
 from rules.netlink.messages import NFGENMSG
 from rules.netlink.nftables import (
+    NF_ACCEPT,
+    NF_DROP,
     NFNL_SUBSYS_NFTABLES,
+    NFPROTO,
+    NFPROTO_NAMES,
     NFT_CMP_EQ,
     NFT_META_L4PROTO,
     NFT_META_NFTRACE,
@@ -51,9 +55,7 @@ from rules.objects import TCP, Address
 
 RULE, RETURN, POLICY = "rule", "return", "policy"
 _TYPES = {1: POLICY, 2: RETURN, 3: RULE}  # enum nft_trace_types
-FAMILY_NAMES = {1: "inet", 2: "ip", 5: "netdev", 7: "bridge", 10: "ip6"}
-"""Of tables, as nft writes them, by NFPROTO_*."""
-_POLICIES = {0: "drop", 1: "accept"}
+_POLICIES = {NF_DROP: "drop", NF_ACCEPT: "accept"}
 PACKETS_A_SECOND = 100
 """So many packets are traced at most; a UDP client may send very many."""
 
@@ -96,12 +98,12 @@ def decode_trace(kind: int, content: bytes) -> TraceMessage | None:
     return TraceMessage(
         integer(found[NFTA_TRACE_ID]),
         type_,
-        FAMILY_NAMES.get(content[0], str(content[0])),
+        NFPROTO_NAMES.get(content[0], str(content[0])),
         text(found.get(NFTA_TRACE_TABLE, b"")),
         text(found.get(NFTA_TRACE_CHAIN, b"")),
         handle,
         verdict,
-        6 if integer(found.get(NFTA_TRACE_NFPROTO, b"")) == 10 else 4,
+        6 if integer(found.get(NFTA_TRACE_NFPROTO, b"")) == NFPROTO[6] else 4,
         found.get(NFTA_TRACE_NETWORK_HEADER, b""),
         found.get(NFTA_TRACE_TRANSPORT_HEADER, b""),
         integer(found.get(NFTA_TRACE_IIF, b"")),

@@ -14,7 +14,7 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from agent.serve.localhost_ports import LocalhostPorts, LocalPort, targets
+from agent.serve.localhost_ports import LocalhostPorts, LocalPort, upstreams
 from rules.events import Delete, Upsert
 from rules.objects import Name, Service
 from tests import manifest
@@ -130,8 +130,8 @@ def test_only_tcp_node_ports_of_services_with_a_cluster_ip_are_served() -> None:
             {"name": "c", "port": 81},
         ],
     )
-    assert set(targets(dual)) == {LocalPort(4, 30080), LocalPort(6, 30080)}
-    assert targets(manifest.service(cluster_ips=["None"])) == {}
+    assert set(upstreams(dual)) == {LocalPort(4, 30080), LocalPort(6, 30080)}
+    assert upstreams(manifest.service(cluster_ips=["None"])) == {}
 
 
 def test_bytes_and_half_closes_pass_in_both_directions(
