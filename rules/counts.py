@@ -90,30 +90,14 @@ def claim_counts(state: State, name: Name, claim: Claim, counts: PacketCounts) -
     )
 
 
-def counts_of(
-    state: State, names: Iterable[Name], counts: PacketCounts
-) -> Iterator[FrontendCounts]:
-    """The counts of some Services; those that do not exist are left out."""
-    known = [name for name in names if name in state.services]
-    for name in known:
-        for claim in _held(state, name):
-            yield claim_counts(state, name, claim, counts)
-    yield from _unknown_ports(state, counts, known)
-
-
 def counted_keys(state: State, names: Iterable[Name]) -> dict[Set, list[Key]]:
-    """The elements that count for these Services: all that `counts_of` looks at."""
+    """The elements that count for the frontends of these Services: what `claim_counts` looks at."""
     found: dict[Set, list[Key]] = {}
     for name in names:
         for claim in _held(state, name):
-            sets = SETS[claim.verdicts.family]
-            for owner in sets.counted:
+            for owner in SETS[claim.verdicts.family].counted:
                 if owner.key == claim.verdicts.key:
                     found.setdefault(owner, []).append(claim.key)
-        service = state.services.get(name)
-        for address in service.cluster_ips if service else ():
-            owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips
-            found.setdefault(owner, []).append(address)
     return found
 
 
@@ -125,12 +109,8 @@ def _held(state: State, name: Name) -> Iterator[Claim]:
             yield claim
 
 
-def _unknown_ports(
-    state: State, counts: PacketCounts, names: Iterable[Name] | None = None
-) -> Iterator[FrontendCounts]:
-    """Of these Services, or of all."""
-    for name in state.services if names is None else names:
-        service = state.services[name]
+def _unknown_ports(state: State, counts: PacketCounts) -> Iterator[FrontendCounts]:
+    for name, service in state.services.items():
         for address in service.cluster_ips:
             owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips
             packets = counts.get(owner, {}).get(address, NO_PACKETS).packets

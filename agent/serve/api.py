@@ -36,7 +36,7 @@ from agent.serve.http import (
     UnixAddress,
 )
 from agent.worker import Failed
-from rules.counts import FrontendCounts, PacketCounts, counted_keys, counts_of, frontend_counts
+from rules.counts import FrontendCounts, PacketCounts, counted_keys, frontend_counts
 from rules.diff import Elements
 from rules.doctor import Check
 from rules.endpoint_report import EndpointTable, QuestionError, endpoints
@@ -46,7 +46,7 @@ from rules.history import Entry, History
 from rules.language import Set
 from rules.objects import Name
 from rules.problems import Problem
-from rules.service_report import ServiceLine, services
+from rules.service_report import ServiceLine, service_lines, services
 from rules.state import State
 from rules.text import Key
 
@@ -57,7 +57,7 @@ STATE_SECONDS = 5.0
 LIMITS = Limits(connections=32, listener_connections=16)
 METHODS = ("GET", "HEAD")
 CHOSEN = 200
-"""So many Services may be named in one question about counters."""
+"""So many Services may be named in one question."""
 _AT_ONCE = 200
 """So many items of a list are encoded in one call, which other threads have to wait for."""
 COMPRESSED_BYTES = 1400
@@ -263,11 +263,13 @@ class Api:
             case ["v1", "status"]:
                 return self.status(**_only(query))
             case ["v1", "services"]:
-                query = _only(query, "namespace", "counters")
+                query = _only(query, "namespace", "services", "counters")
                 counted = self._sources.counts and query.get("counters") == "true"
+                if "services" in query:
+                    return self._lines_of(_names(query["services"]), counted=bool(counted))
                 return self._lines(query.get("namespace", ""), counted=bool(counted))
             case ["v1", "counters"]:
-                return self._counters(_only(query, "namespace", "name", "services"))
+                return self._counters(_only(query, "namespace", "name"))
             case ["v1", "services", namespace, name]:
                 query = _only(query, "port")
                 port = f":{query['port']}" if "port" in query else ""
@@ -350,11 +352,16 @@ class Api:
             self._services[namespace] = _encoded(services(state, namespace))
         return self._services[namespace]
 
+    def _lines_of(self, names: Sequence[Name], *, counted: bool) -> bytes:
+        """The lines of some Services. No counters are read but theirs."""
+        state, read = self._stepped(), self._sources.counts_of
+        known = [name for name in names if name in state.services]
+        counts = read(counted_keys(state, known)) if counted and read else None
+        return _encoded([line for name in known for line in service_lines(state, name, counts)])
+
     def _counters(self, query: dict[str, str]) -> bytes:
         if self._sources.counts is None:
             raise ApiError(404, "this agent does not count; start it with --counters")
-        if "services" in query:
-            return self._counters_of(_names(query["services"]))
         namespace, name = query.get("namespace"), query.get("name")
         return _encoded(
             [
@@ -363,12 +370,6 @@ class Api:
                 if namespace in (None, "", one.namespace) and name in (None, "", one.service)
             ]
         )
-
-    def _counters_of(self, names: Sequence[Name]) -> bytes:
-        """The counters of some Services, without reading those of the others."""
-        state, read = self._stepped(), self._sources.counts_of
-        assert read is not None
-        return _encoded(list(counts_of(state, names, read(counted_keys(state, names)))))
 
     def _counts(self) -> PacketCounts:
         assert self._sources.counts is not None

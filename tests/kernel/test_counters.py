@@ -20,8 +20,8 @@ from rules.counts import (
     UNALLOCATED,
     UNKNOWN_PORT,
     FrontendCounts,
+    claim_counts,
     counted_keys,
-    counts_of,
     frontend_counts,
 )
 from rules.events import Upsert
@@ -38,15 +38,14 @@ Start = Callable[..., Proxy]
 def counted(proxy: Proxy) -> dict[str, FrontendCounts]:
     """The counts by frontend, of those that are not zero.
 
-    Whoever asks for the Services by name gets the same.
+    Whoever asks for Services by name gets the same.
     """
     reader = CountersReader(proxy.kernel.kept or KeptCounts(), lambda: proxy.kernel, seconds=0)
     found = list(frontend_counts(proxy.state, reader.read()))
-    names = list(proxy.state.services)
-    chosen = reader.read_of(counted_keys(proxy.state, names))
-    assert {c.frontend: c for c in counts_of(proxy.state, names, chosen)} == {
-        c.frontend: c for c in found if c.service
-    }
+    chosen = reader.read_of(counted_keys(proxy.state, proxy.state.services))
+    for claim in proxy.state.installed:
+        if name := proxy.state.holder(claim):
+            assert claim_counts(proxy.state, name, claim, chosen) in found
     return {c.frontend: c for c in found if c.connections or c.refused or c.dropped}
 
 

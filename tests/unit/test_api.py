@@ -364,7 +364,7 @@ def test_counters_are_those_of_the_services_asked_for() -> None:
     assert sum(f["connections"] for line in lines for f in line["frontends"]) == 7
 
 
-def test_counters_of_named_services_are_read_alone() -> None:
+def test_named_services_are_listed_alone_and_no_other_counters_are_read() -> None:
     """What the page asks for: the rows that it shows, whatever the number of Services."""
     agent = Agent(*WEB, service("db", cluster_ips=["10.96.0.99"]))
     asked: list[set[str]] = []
@@ -374,10 +374,11 @@ def test_counters_of_named_services_are_read_alone() -> None:
         return {owner: dict.fromkeys(found, Count(3, 180)) for owner, found in keys.items()}
 
     agent.api = Api(agent.sources._replace(counts=dict, counts_of=counts_of))
-    code, found = agent.get("/v1/counters", services="default/db,default/gone,default/db")
-    assert (code, {one["service"] for one in found}) == (200, {"db"})
-    assert asked == [
-        {"service-ips", "inside-ips", "reject-ips", "drop-ips", "guarded", "cluster-ips"}
-    ]
+    named = {"services": "default/db,default/gone,default/db", "counters": "true"}
+    code, lines = agent.get("/v1/services", **named)
+    assert (code, [line["name"] for line in lines]) == (200, ["db"])
+    assert asked == [{"service-ips", "inside-ips", "reject-ips", "drop-ips", "guarded"}]
+    assert agent.get("/v1/services", services="default/db")[1][0]["frontends"][0]["refused"] is None
+    assert len(asked) == 1
     for bad in ("db", "/db", "default/", ",".join(f"a/{number}" for number in range(CHOSEN + 1))):
-        assert agent.get("/v1/counters", services=bad)[0] == 400
+        assert agent.get("/v1/services", services=bad)[0] == 400
