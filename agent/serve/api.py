@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl, unquote
 
 import msgspec
@@ -491,13 +491,23 @@ def _time(seconds: float) -> str:
 # --- the server ---------------------------------------------------------------------------------
 
 
+class Answers(Protocol):
+    """What answers the API's requests."""
+
+    def answer(self, request: HttpRequest) -> HttpAnswer:
+        """The answer to a request; called in the server's thread."""
+
+    def stop(self) -> None:
+        """Ends what runs for readers."""
+
+
 class ApiServer:
     """The API at a unix socket and a TCP address, each None for nowhere, in a thread of its own:
     a large answer keeps no probe waiting."""
 
     def __init__(
         self,
-        api: Api,
+        api: Answers,
         log: Log,
         failed: Failed,
         socket: UnixAddress | None,

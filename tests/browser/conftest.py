@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,19 @@ import structlog
 
 from agent.config.settings import Settings
 from agent.serve.api import Api, ApiServer, Sources
+from agent.serve.flows import RecentFlows
 from agent.serve.health import Heartbeat
-from agent.serve.http import TcpAddress
+from agent.serve.http import HttpAnswer, HttpRequest, TcpAddress
+from rules.counts import PacketCounts
 from rules.doctor import Check
 from rules.events import Event, Synced, Upsert
 from rules.history import History
+from rules.language import Set
+from rules.netlink.counters import Count
 from rules.state import State
+from rules.text import Key
 from tests.manifest import node
+from tests.unit.fakes.flow_watch import FakeFlowWatch
 
 PATIENCE = 20.0
 
@@ -31,6 +37,10 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _fail(name: str, error: Exception) -> None:
+    raise AssertionError(name) from error
 
 
 class Watch:
@@ -44,9 +54,18 @@ class Watch:
 
 
 class Backend:
-    """A State, and its API at a loopback port."""
+    """A State, and its API at a loopback port.
+
+    `asked` has the path and query of each request. `made` times a small number is
+    what each verdict and refusal has counted. `broken` is what every answer but the page says.
+    """
 
     def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.made = 0
+        self.broken: HttpAnswer | None = None
+        self.watch = FakeFlowWatch()
+        self.flows = RecentFlows(_fail, lambda: self.watch, listening_seconds=1.5)
         self.state = State(Settings(node="node-1").options())
         self.state.apply([Upsert(node(zone="a")), Synced()])
         self.state.step()
@@ -57,7 +76,7 @@ class Backend:
         heartbeat.queued()
         heartbeat.synced()
         heartbeat.programmed()
-        sources = Sources(
+        self.sources = Sources(
             state=self._take,
             heartbeat=heartbeat,
             history=self.history,
@@ -70,11 +89,35 @@ class Backend:
             version="0.2.0",
             owns_tables=True,
             started=time.time() - 3600,
+            counts=dict,
+            counts_of=self._counts_of,
+            flows=self.flows,
         )
+        self.api = Api(self.sources)
         self.url = f"http://127.0.0.1:{_free_port()}/"
         log = structlog.get_logger()
         address = TcpAddress("127.0.0.1", urlsplit(self.url).port or 0)
-        self._server = ApiServer(Api(sources), log, lambda *_: None, None, address)
+        self._new_server = lambda: ApiServer(self, log, _fail, None, address)
+        self._server = self._new_server()
+
+    def answer(self, request: HttpRequest) -> HttpAnswer:
+        """As the Api, and notes it."""
+        self.asked.append(f"{request.path}?{request.query}".rstrip("?"))
+        if self.broken and request.path != "/":
+            return self.broken
+        return self.api.answer(request)
+
+    def stop(self) -> None:
+        """As the Api."""
+        self.api.stop()
+
+    def _counts_of(self, keys: Mapping[Set, Sequence[Key]]) -> PacketCounts:
+        there = self.state.elements()
+        return {
+            owner: {k: Count(self.made * (sum(k) % 7), 0) for k in of_set if k in there[owner]}
+            for owner, of_set in keys.items()
+            if owner in there and (owner.verdicts or owner.name.startswith("reject"))
+        }
 
     def __enter__(self) -> Backend:
         self._server.start()
@@ -83,6 +126,11 @@ class Backend:
 
     def __exit__(self, *_: object) -> None:
         self._server.stop()
+
+    def restart(self) -> None:
+        """Answers again at the same port."""
+        self._server = self._new_server()
+        self.__enter__()
 
     def put(self, *events: Event) -> None:
         """Programs events, as the loop does."""
