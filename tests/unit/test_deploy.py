@@ -96,18 +96,30 @@ def with_component(tmp_path: Path, *names: str) -> Resources:
 
 
 @pytest.fixture(scope="session")
-def chart() -> Iterator[Callable[..., Resources]]:
-    """Renders the chart with values."""
+def chart_texts() -> Iterator[Callable[..., dict[str, str]]]:
+    """Renders the chart's files with values; by the file's name."""
     helm = pytest.importorskip("helm_python", reason="needs helm-python-sdk, the extra `helm`")
 
     with helm.Chart.load(DEPLOY / "chart") as loaded:
 
-        def render(namespace: str = "kube-system", **values: Any) -> Resources:
+        def render(namespace: str = "kube-system", **values: Any) -> dict[str, str]:
             loaded.validate_schema(values)
             texts = loaded.render(values, name="sliceproxy", namespace=namespace)
-            return by_name([d for t in texts.values() for d in yaml.safe_load_all(t) if d])
+            return {Path(name).name: text for name, text in texts.items()}
 
         yield render
+
+
+@pytest.fixture(scope="session")
+def chart(chart_texts: Callable[..., dict[str, str]]) -> Callable[..., Resources]:
+    """Renders the chart's resources with values."""
+
+    def render(namespace: str = "kube-system", **values: Any) -> Resources:
+        texts = chart_texts(namespace, **values)
+        del texts["NOTES.txt"]
+        return by_name([d for t in texts.values() for d in yaml.safe_load_all(t) if d])
+
+    return render
 
 
 def daemon_set(resources: Resources) -> Document:
@@ -405,6 +417,16 @@ def test_configurations_in_the_document_are_ones_that_the_agent_takes() -> None:
 
 
 # --- Helm -----------------------------------------------------------------------------------------
+
+
+def test_what_helm_prints_names_the_value_that_must_be_set(
+    chart_texts: Callable[..., dict[str, str]],
+) -> None:
+    assert "apiServer is still a placeholder" in chart_texts()["NOTES.txt"]
+    notes = chart_texts("net", apiServer="https://192.0.2.1:6443", placement="opt-in")["NOTES.txt"]
+    assert "placeholder" not in notes
+    assert "kubectl label node NODE service-proxy=sliceproxy" in notes
+    assert "kubectl -n net exec ds/sliceproxy -- sliceproxy status" in notes
 
 
 def test_chart_passes_helms_own_check() -> None:
