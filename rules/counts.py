@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from rules.frontends import FAMILY_OF_LENGTH
+from rules.frontends import FAMILY_OF_LENGTH, Frontend
 from rules.language import FAMILY_NAME, Set
 from rules.netlink.counters import NO_PACKETS, Count
 from rules.objects import Name, address_text
@@ -46,41 +46,80 @@ class FrontendCounts(msgspec.Struct, frozen=True):
     dropped: dict[str, int] = {}
 
 
+class FrontendCounter:
+    """Assigns counts to frontends, from reading to reading. The record of a frontend at which
+    nothing has happened since is the same object, which is found, not made."""
+
+    def __init__(self) -> None:
+        self._known: dict[Claim, tuple[Frontend, Name, _Numbers, FrontendCounts]] = {}
+
+    def read(self, state: State, counts: PacketCounts) -> Iterator[FrontendCounts]:
+        """The counts of all frontends that Services have, then those without one."""
+        known, self._known = self._known, {}
+        columns = {
+            verdicts: _columns(verdicts, counts)
+            for sets in SETS.values()
+            for verdicts in (sets.service_ips, sets.service_nodeports)
+        }
+        for claim, installed in state.installed.items():
+            if name := state.holder(claim):
+                frontend = installed.wanted.frontend
+                numbers = _numbers(columns[claim.verdicts], claim.key)
+                last = known.get(claim)
+                if last is None or last[:3] != (frontend, name, numbers):
+                    last = frontend, name, numbers, _record(name, frontend, numbers)
+                self._known[claim] = last
+                yield last[3]
+        yield from _unknown_ports(state, counts)
+        for family in FAMILIES:
+            cidrs = counts.get(SETS[family].service_cidrs, {})
+            if packets := sum(count.packets for count in cidrs.values()):
+                family_name = FAMILY_NAME[family]
+                yield FrontendCounts("", "", "", family_name, dropped={UNALLOCATED: packets})
+
+
 def frontend_counts(state: State, counts: PacketCounts) -> Iterator[FrontendCounts]:
     """The counts of all frontends that Services have, then those without one."""
-    for claim in state.installed:
-        if name := state.holder(claim):
-            yield claim_counts(state, name, claim, counts)
-    yield from _unknown_ports(state, counts)
-    for family in FAMILIES:
-        cidrs = counts.get(SETS[family].service_cidrs, {})
-        if packets := sum(count.packets for count in cidrs.values()):
-            family_name = FAMILY_NAME[family]
-            yield FrontendCounts("", "", "", family_name, dropped={UNALLOCATED: packets})
+    return FrontendCounter().read(state, counts)
 
 
 def claim_counts(state: State, name: Name, claim: Claim, counts: PacketCounts) -> FrontendCounts:
     """The counts of one frontend, which this Service has."""
     frontend = state.installed[claim].wanted.frontend
-    sets, key = SETS[claim.verdicts.family], claim.key
+    return _record(name, frontend, _numbers(_columns(claim.verdicts, counts), claim.key))
 
-    def packets(owner: Set) -> int:
-        return counts.get(owner, {}).get(key, NO_PACKETS).packets
 
-    if frontend.address:
-        seen = packets(sets.service_ips) + packets(sets.inside_ips)
-        refused, dropped = packets(sets.reject_ips), packets(sets.drop_ips)
+_Columns = tuple[Mapping[Key, Count], ...]
+"""Of service-, inside-, reject-, drop- and guarded, what their elements counted."""
+_Numbers = list[int]
+"""The packets of a key in each of the columns."""
+
+
+def _columns(verdicts: Set, counts: PacketCounts) -> _Columns:
+    sets, nothing = SETS[verdicts.family], dict[Key, Count]()
+    if verdicts is sets.service_ips:
+        owners = (sets.service_ips, sets.inside_ips, sets.reject_ips, sets.drop_ips)
     else:
-        seen = packets(sets.service_nodeports) + packets(sets.inside_nodeports)
-        refused, dropped = packets(sets.reject_nodeports), packets(sets.drop_nodeports)
-    outside = packets(sets.guarded)
+        owners = (
+            *(sets.service_nodeports, sets.inside_nodeports),
+            *(sets.reject_nodeports, sets.drop_nodeports),
+        )
+    return tuple(counts.get(owner, nothing) for owner in (*owners, sets.guarded))
+
+
+def _numbers(columns: _Columns, key: Key) -> _Numbers:
+    return [column[key].packets if key in column else 0 for column in columns]
+
+
+def _record(name: Name, frontend: Frontend, numbers: _Numbers) -> FrontendCounts:
+    seen, inside, refused, dropped, outside = numbers
     port = frontend.service_port
     return FrontendCounts(
         name.namespace,
         name.name,
         port.name or str(port.port),
         str(frontend),
-        max(0, seen - refused - dropped - outside),
+        max(0, seen + inside - refused - dropped - outside),
         {NO_ENDPOINTS: refused} if refused else {},
         {
             reason: number

@@ -36,7 +36,7 @@ from agent.serve.http import (
     UnixAddress,
 )
 from agent.worker import Failed
-from rules.counts import FrontendCounts, PacketCounts, counted_keys, frontend_counts
+from rules.counts import FrontendCounter, FrontendCounts, PacketCounts, counted_keys
 from rules.diff import Elements
 from rules.doctor import Check
 from rules.endpoint_report import EndpointTable, QuestionError, endpoints
@@ -217,6 +217,7 @@ class Api:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._last: State | None = None
+        self._frontends = FrontendCounter()
         self._generation = 0
         self._services: dict[str, bytes] = {}
         """The answers at /v1/services of this generation, by namespace."""
@@ -366,7 +367,7 @@ class Api:
         return _encoded(
             [
                 one
-                for one in frontend_counts(self._stepped(), self._counts())
+                for one in self._frontends.read(self._stepped(), self._counts())
                 if namespace in (None, "", one.namespace) and name in (None, "", one.service)
             ]
         )

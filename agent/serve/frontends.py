@@ -5,7 +5,7 @@ from __future__ import annotations
 from agent.kernel.counters import CountersReader
 from agent.kernel.errors import KernelError
 from agent.reader import StateReader
-from rules.counts import FrontendCounts, frontend_counts
+from rules.counts import FrontendCounter, FrontendCounts
 
 STATE_SECONDS = 1.0
 """How long a scrape waits for the loop."""
@@ -18,6 +18,7 @@ class FrontendReader:
     def __init__(self, states: StateReader, counters: CountersReader) -> None:
         self._states = states
         self._counters = counters
+        self._frontends = FrontendCounter()
 
     def read(self) -> list[FrontendCounts]:
         """What was counted at each frontend. Empty before the loop's first answer, and while the
@@ -26,6 +27,6 @@ class FrontendReader:
         if state is None:
             return []
         try:
-            return list(frontend_counts(state, self._counters.read()))
+            return list(self._frontends.read(state, self._counters.read()))
         except KernelError:
             return []

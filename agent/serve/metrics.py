@@ -32,8 +32,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import msgspec
-
 from agent.serve.health import Heartbeat
 from agent.serve.http import (
     NOT_FOUND,
@@ -46,6 +44,7 @@ from agent.serve.http import (
     TcpAddress,
     listen,
 )
+from agent.serve.series import FrontendSeries
 from agent.worker import Failed
 from rules.counts import FrontendCounts
 from rules.events import Delete, Event, Upsert
@@ -210,6 +209,7 @@ class Metrics(Recorder):
         self._services = self._endpoints = 0
         self._lacking: dict[tuple[int, str], int] = {}
         self._queued_at = 0.0
+        self._frontends: Callable[[], str] | None = None
         self._arrivals: list[float] = []
         self._triggers: list[tuple[int, float]] = []
         self._heartbeat = heartbeat or Heartbeat()
@@ -532,8 +532,8 @@ class Metrics(Recorder):
 
     def frontends_from(self, counts: Callable[[], Iterable[FrontendCounts]], most: int) -> None:
         """See Recorder."""
-        metrics = _FrontendMetrics(most)
-        self.now.frontends = lambda: metrics.collect(counts())
+        series = FrontendSeries(most)
+        self._frontends = lambda: series.text(counts())
 
     def requested(
         self, method: str, code: int | str, host: str, seconds: float | None = None
@@ -554,7 +554,8 @@ class Metrics(Recorder):
         """Everything, in Prometheus's text format."""
         from prometheus_client.exposition import generate_latest
 
-        return generate_latest(self.registry)
+        text = generate_latest(self.registry)
+        return text + self._frontends().encode() if self._frontends else text
 
 
 class _Now:
@@ -568,7 +569,6 @@ class _Now:
         self.elements: dict[Set, int] = {}
         self.rules: dict[int, int] = {}
         self.watches: Callable[[], Iterable[Watch]] | None = None
-        self.frontends: Callable[[], Iterator[Metric]] | None = None
         self._heartbeat = heartbeat
 
     def collect(self) -> Iterator[Metric]:
@@ -593,8 +593,6 @@ class _Now:
         )
         if self.watches is not None:
             yield from _watch_metrics(self.watches(), health.silent_watches)
-        if self.frontends is not None:
-            yield from self.frontends()
 
 
 def _watch_metrics(watches: Iterable[Watch], silent: Collection[str]) -> Iterator[Metric]:
@@ -639,108 +637,6 @@ def _watch_metrics(watches: Iterable[Watch], silent: Collection[str]) -> Iterato
         relists.add_metric([watch.resource], watch.relists)
         errors.add_metric([watch.resource], watch.errors)
     yield from (states, ages, valid, silence, relists, errors)
-
-
-_LABELS = ("namespace", "service", "port", "frontend")
-OTHERS = ("", "", "", "others")
-"""The labels of the series that sums up the frontends without series of their own."""
-
-
-class _FrontendMetrics:
-    """Series for `most` frontends, the first that were met and exist still; the others are summed.
-
-    No series falls while its frontend exists: what left the sum for a series of its own, or was
-    deleted, stays in the sum.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._own: set[tuple[str, ...]] = set()
-        self._last: dict[tuple[str, ...], FrontendCounts] = {}
-        self._others = _Sums()
-
-    def collect(self, found: Iterable[FrontendCounts]) -> Iterator[Metric]:
-        """The metrics as of now."""
-        now: dict[tuple[str, ...], FrontendCounts] = {
-            (c.namespace, c.service, c.port, c.frontend): c for c in found
-        }
-        self._own &= now.keys()
-        series: dict[tuple[str, ...], _Sums] = {}
-        for labels, found_counts in now.items():
-            last = self._last.get(labels)
-            counts = now[labels] = _not_fallen(last, found_counts)
-            if labels not in self._own and last is None and len(self._own) < self._most:
-                self._own.add(labels)
-            if labels in self._own:
-                series[labels] = _Sums()
-                series[labels].add(None, counts)
-            else:
-                self._others.add(last, counts)
-        if len(self._own) < len(now) or self._others:
-            series[OTHERS] = self._others
-        self._last = now
-        return _frontend_series(series)
-
-
-class _Sums:
-    """Counts of one or more frontends."""
-
-    def __init__(self) -> None:
-        self.connections = 0
-        self.refused: dict[str, int] = {}
-        self.dropped: dict[str, int] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.connections or self.refused or self.dropped)
-
-    def add(self, before: FrontendCounts | None, after: FrontendCounts) -> None:
-        """Adds what was counted between two readings of a frontend; None: since it exists."""
-        self.connections += _gain(before.connections if before else 0, after.connections)
-        for sums, was, now in (
-            (self.refused, before.refused if before else {}, after.refused),
-            (self.dropped, before.dropped if before else {}, after.dropped),
-        ):
-            for reason, value in now.items():
-                sums[reason] = sums.get(reason, 0) + _gain(was.get(reason, 0), value)
-
-
-def _gain(before: int, after: int) -> int:
-    """A counter that fell was made again."""
-    return after - before if after >= before else after
-
-
-def _not_fallen(last: FrontendCounts | None, counts: FrontendCounts) -> FrontendCounts:
-    """Refusals are read a moment before the packets they are taken off from. So connections may
-    look fewer than at the last reading, while refusals grew: then they have not changed."""
-    if last is None or counts.connections >= last.connections:
-        return counts
-    unserved, before = (sum(c.refused.values()) + sum(c.dropped.values()) for c in (counts, last))
-    if unserved <= before:
-        return counts
-    return msgspec.structs.replace(counts, connections=last.connections)
-
-
-def _frontend_series(series: Mapping[tuple[str, ...], _Sums]) -> Iterator[Metric]:
-    from prometheus_client.core import CounterMetricFamily
-
-    connections = CounterMetricFamily(
-        "sliceproxy_service_connections",
-        "New connections through an address of a Service",
-        labels=_LABELS,
-    )
-    refused, dropped = (
-        CounterMetricFamily(f"sliceproxy_service_{name}", text, labels=(*_LABELS, "reason"))
-        for name, text in (
-            ("refused", "Packets to an address of a Service that were refused"),
-            ("dropped", "Packets to an address of a Service that were dropped"),
-        )
-    )
-    for labels, sums in series.items():
-        connections.add_metric(labels, sums.connections)
-        for metric, counts in ((refused, sums.refused), (dropped, sums.dropped)):
-            for reason, value in counts.items():
-                metric.add_metric((*labels, reason), value)
-    yield from (connections, refused, dropped)
 
 
 def _collector(now: _Now) -> Collector:

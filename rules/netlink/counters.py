@@ -12,7 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from rules.language import Set
-from rules.netlink.attributes import Malformed, attribute, attributes, fields, integer, nest, string
+from rules.netlink.attributes import (
+    NLA_HEADER,
+    Malformed,
+    attribute,
+    fields,
+    integer,
+    nest,
+    string,
+)
 from rules.netlink.elements import encode_elements
 from rules.netlink.nftables import (
     NFTA_COUNTER_BYTES,
@@ -69,28 +77,39 @@ def _with_count(element: bytes, count: Count) -> bytes:
     return nest(NFTA_LIST_ELEM, element[4:], new_counter(NFTA_SET_ELEM_EXPR, count))
 
 
-_DUMPED = new_counter(NFTA_SET_ELEM_EXPR, Count(1, 1))
-"""A counter as the kernel dumps it: two attributes of 12 bytes end it."""
-_SIZE, _HEAD, _BETWEEN = len(_DUMPED), _DUMPED[:-20], _DUMPED[-12:-8]
-_NUMBERS = struct.Struct("!Q4xQ")
+def _dumped() -> bytes:
+    """A counter as the kernel dumps it: what is nested has no flag."""
+    values = attribute(NFTA_COUNTER_BYTES, bytes(8)) + attribute(NFTA_COUNTER_PACKETS, bytes(8))
+    return attribute(NFTA_SET_ELEM_EXPR, _NAME + attribute(NFTA_EXPR_DATA, values))
+
+
+_SIZE, _HEAD, _BETWEEN = len(_dumped()), _dumped()[:-20], _dumped()[-12:-8]
+_NUMBERS = struct.Struct("!Q4xQ")  # two attributes of 12 bytes end an element
 
 
 def decode_counts(owner: Set, payload: bytes) -> Iterator[tuple[Key, Count]]:
     """Keys and counts in the NFTA_SET_ELEM_LIST_ELEMENTS attribute of a dump, of the elements that
     have a counter. Raises Malformed."""
     length = owner.key_length
-    key_head = nest(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, bytes(length)))[:8]
-    for _, element in attributes(payload):
+    key_head = attribute(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, bytes(length)))[:8]
+    position, end = 0, len(payload)
+    while position + 4 <= end:
+        size, _ = NLA_HEADER.unpack_from(payload, position)
+        if size < 4 or position + size > end:
+            raise Malformed(f"element of {size} bytes where {end - position} remain")
+        stop = position + size
         # as the kernel writes it: the key first, the counter last, each of fixed length
         if (
-            element.startswith(key_head)
-            and element[-_SIZE:-20] == _HEAD
-            and element[-12:-8] == _BETWEEN
+            payload[position + 4 : position + 12] == key_head
+            and payload[stop - _SIZE : stop - 20] == _HEAD
+            and payload[stop - 12 : stop - 8] == _BETWEEN
+            and size >= 12 + length + _SIZE
         ):
-            seen, packets = _NUMBERS.unpack_from(element, len(element) - 20)
-            yield element[8 : 8 + length], Count(packets, seen)
+            seen, packets = _NUMBERS.unpack_from(payload, stop - 20)
+            yield payload[position + 12 : position + 12 + length], Count(packets, seen)
         else:
-            yield from _decode_count(owner, element)
+            yield from _decode_count(owner, payload[position + 4 : stop])
+        position += (size + 3) & ~3
 
 
 def _decode_count(owner: Set, element: bytes) -> Iterator[tuple[Key, Count]]:

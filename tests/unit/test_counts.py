@@ -19,11 +19,14 @@ import pytest
 from agent.config.settings import Settings
 from agent.loop import Loop, Reports
 from agent.serve.metrics import Metrics
+from agent.serve.series import FrontendSeries
 from agent.sources.kubernetes.formats import INITIAL_EVENTS_END, JSON_TYPE, PROTOBUF_TYPE
 from agent.sources.kubernetes.reflector import Reflector, resources
+from rules.counts import FrontendCounter
 from rules.events import Event, NodeAddresses, Synced, Upsert
 from rules.history import History
-from rules.netlink.attributes import attribute, attributes
+from rules.netlink.attributes import NLA_F_NESTED, NLA_HEADER, NLA_TYPE_MASK, attribute, attributes
+from rules.netlink.counters import Count, decode_counts, encode_counted
 from rules.netlink.elements import decode_elements, encode_elements
 from rules.state import State
 from rules.tables import SETS
@@ -252,3 +255,49 @@ def test_elements_are_read_back_by_strides():
     dumped = b"".join(attribute(kind, content) for kind, content in attributes(sent))
     assert list(decode_elements(owner, dumped)) == elements
     assert calls(lambda: list(decode_elements(owner, dumped))) < 4 * len(elements)
+
+
+def test_the_calls_of_a_scrape():
+    """For each frontend at which nothing has happened since the last one: find it again."""
+    trace = Trace(SIZES[0])
+    trace.start()
+    counts = {SETS[4].service_ips: {claim.key: Count(7, 700) for claim in trace.state.installed}}
+    counter, series = FrontendCounter(), FrontendSeries(10)
+    first = list(counter.read(trace.state, counts))
+    text = series.text(first)
+    assert text.count('sliceproxy_service_connections_total{frontend="10.') == 10
+    assert f'frontend="others",namespace="",port="",service=""}} {7 * 290}.0' in text
+
+    def scrape() -> str:
+        return series.text(counter.read(trace.state, counts))
+
+    assert all(a is b for a, b in zip(first, counter.read(trace.state, counts), strict=True))
+    assert scrape() == text
+    assert calls(scrape) / len(trace.state.installed) < 17
+
+
+def test_counters_are_read_by_strides():
+    """As the kernel dumps them: what is nested has no flag."""
+    owner = SETS[4].service_ips
+    counted = {number.to_bytes(owner.key_length): Count(number, 2 * number) for number in range(99)}
+    elements = [(key, "lb-1" if key[-1] % 2 else "masq-lb-16") for key in counted]
+    sent = b"".join(encode_counted(owner, elements, counted))
+    dumped = b"".join(attribute(kind, unflagged(content)) for kind, content in attributes(sent))
+    found: dict[bytes, Count] = {}
+    number = calls(lambda: found.update(decode_counts(owner, dumped)))
+    assert found == {key: count for key, count in counted.items() if count.packets}
+    assert number < 6 * len(elements)
+    assert dict(decode_counts(owner, sent)) == found
+
+
+def unflagged(content: bytes) -> bytes:
+    """Attributes without NLA_F_NESTED, at any depth."""
+    parts, position = [], 0
+    while position + 4 <= len(content):
+        length, kind = NLA_HEADER.unpack_from(content, position)
+        inner = content[position + 4 : position + length]
+        parts.append(
+            attribute(kind & NLA_TYPE_MASK, unflagged(inner) if kind & NLA_F_NESTED else inner)
+        )
+        position += (length + 3) & ~3
+    return b"".join(parts)
