@@ -150,7 +150,9 @@ def show(explanation: Explanation, console: Console) -> None:
         if asked.steps:
             console.print(Padding(_steps_grid(asked.steps), (0, 0, 0, 4), expand=False))
     console.print()
-    source = "read from the kernel" if explanation.from_kernel else "as they should be"
+    source = (
+        "read from the kernel" if explanation.from_kernel else "computed, not read from the kernel"
+    )
     console.print(f"[dim]rules and elements: {source}[/dim]", highlight=False)
 
 

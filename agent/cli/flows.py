@@ -33,7 +33,7 @@ REFRESH_SECONDS = 2.0
 @click.command("flows")
 @click.argument("service", required=False, metavar="[NAMESPACE/]NAME")
 @click.option("-n", "--namespace", metavar="NAME", help="The namespace of NAME. [default: default]")
-@click.option("-f", "--follow", is_flag=True, help="Go on until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Continue until Ctrl-C.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),

@@ -24,7 +24,7 @@ _FOLLOW_SECONDS = 0.5
 @click.argument("service", required=False, metavar="[NAMESPACE/]NAME")
 @click.option("-n", "--namespace", metavar="NAME", help="The namespace of NAME. [default: default]")
 @click.option("--since", metavar="DURATION", help="Only what is not older, like 10m or 1h.")
-@click.option("-f", "--follow", is_flag=True, help="Go on with what changes from now on.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with new changes until Ctrl-C.")
 @socket_flag
 @output_flag
 def command(

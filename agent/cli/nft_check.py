@@ -3,7 +3,7 @@
 libnftables aborts the process on some input (1.0.6 on IPv6 affinity maps: an assertion), so it is
 called in a child, `python -m agent.cli.nft_check`. The child enters a new network namespace, with
 root's rights or within a user namespace of its own, so the ruleset can be loaded for real: what the
-kernel would refuse is found as well, and the namespace goes with the process.
+kernel would refuse is found as well, and the namespace ends with the process.
 """
 
 from __future__ import annotations

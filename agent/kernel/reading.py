@@ -26,7 +26,7 @@ from rules.netlink.attributes import (
     string,
     text,
 )
-from rules.netlink.batch import chain_body, content, nft_type
+from rules.netlink.batch import chain_body, content, elements_of, nft_type
 from rules.netlink.counters import Count, decode_counts
 from rules.netlink.elements import decode_elements, encode_keys, join_ranges
 from rules.netlink.expressions import rule_body
@@ -49,8 +49,6 @@ from rules.netlink.nftables import (
     NFTA_RULE_TABLE,
     NFTA_SET_COUNT,
     NFTA_SET_ELEM_LIST_ELEMENTS,
-    NFTA_SET_ELEM_LIST_SET,
-    NFTA_SET_ELEM_LIST_TABLE,
     NFTA_SET_EXPR,
     NFTA_SET_EXPRESSIONS,
     NFTA_SET_NAME,
@@ -353,14 +351,16 @@ class TableReader(Closing):
         prevent reading.
         """
         for _ in range(_ELEMENT_TRIES):
-            answers, complete = self._dump(NFT_MSG_GETSETELEM, owner.family, _list_head(owner))
+            answers, complete = self._dump(
+                NFT_MSG_GETSETELEM, owner.family, elements_of(TABLE, owner.name)
+            )
             if complete:
                 break
         return [body for _, body in answers]
 
     def _single(self, owner: Set, encoded: bytes) -> list[bytes]:
         """The answer with one element, by its encoded key. Raises Stale (ENOENT) without it."""
-        request = _list_head(owner) + nest(NFTA_SET_ELEM_LIST_ELEMENTS, encoded)
+        request = elements_of(TABLE, owner.name) + nest(NFTA_SET_ELEM_LIST_ELEMENTS, encoded)
         return [body for _, body in self._ask(NFT_MSG_GETSETELEM, owner.family, request, 0)]
 
     def _dump(self, kind: int, family: int, body: bytes) -> tuple[list[tuple[int, bytes]], bool]:
@@ -382,11 +382,6 @@ class TableReader(Closing):
         except OSError as error:
             detail = error.strerror or str(error)
             raise nf_tables_error(error.errno or errno.EIO, _SUBJECT, detail) from None
-
-
-def _list_head(owner: Set) -> bytes:
-    """What a request for elements begins with: the set's table and name."""
-    return string(NFTA_SET_ELEM_LIST_TABLE, TABLE) + string(NFTA_SET_ELEM_LIST_SET, owner.name)
 
 
 def _lists(bodies: list[bytes]) -> Iterator[bytes]:

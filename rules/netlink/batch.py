@@ -198,7 +198,7 @@ class Batch:
         self, table: str, owner: Set, lists: Iterable[tuple[Key, Sequence[bytes]]]
     ) -> None:
         """Adds the elements of whole lists; see `encode_slots`."""
-        head = _elements_of(table, owner.name)
+        head = elements_of(table, owner.name)
         for elements in encode_slots(owner, lists, _MAX_NEST):
             body = head + nest(NFTA_SET_ELEM_LIST_ELEMENTS, elements)
             subject = f"elements of {owner.name}"
@@ -215,7 +215,7 @@ class Batch:
     def _elements(
         self, kind: int, flags: int, table: str, owner: Set, encoded: list[bytes]
     ) -> None:
-        head = _elements_of(table, owner.name)
+        head = elements_of(table, owner.name)
         step = max(1, _MAX_NEST // max(map(len, encoded), default=1))
         for start in range(0, len(encoded), step):
             body = head + nest(NFTA_SET_ELEM_LIST_ELEMENTS, *encoded[start : start + step])
@@ -226,8 +226,8 @@ _BATCH = NFGENMSG.pack(0, 0, NFNL_SUBSYS_NFTABLES)
 
 
 @cache
-def _elements_of(table: str, name: str) -> bytes:
-    """The attributes that name a set."""
+def elements_of(table: str, name: str) -> bytes:
+    """The attributes that name the set in a message about its elements."""
     return string(NFTA_SET_ELEM_LIST_TABLE, table) + string(NFTA_SET_ELEM_LIST_SET, name)
 
 
