@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "lab").rglob("*.md")])
 ROOMS = "agent|rules|lab|bench|tests|docs|examples|tools|deploy"
-PATH = re.compile(rf"`((?:{ROOMS})/[\w./-]+)`")
+PATH = re.compile(rf"`((?:{ROOMS})/[\w./-]+)`|\b(tests/[\w/]+\.py)\b")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -31,5 +31,6 @@ def test_links_and_paths_exist(page: Path) -> None:
         file = (page.parent / target) if target else page
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             missing.append(link)
-    missing += [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+    named = (match[1] or match[2] for match in PATH.finditer(text))
+    missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing
