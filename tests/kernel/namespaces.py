@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+from agent.kernel.socket import NETLINK_ADD_MEMBERSHIP, NETLINK_NETFILTER, SOL_NETLINK
 
 T = TypeVar("T")
 
@@ -28,6 +31,16 @@ def in_empty_namespace(function: Callable[[], T]) -> T:
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
+
+
+def notifications(group: int) -> socket.socket:
+    """A socket that receives a group of netfilter's notifications (NFNLGRP_*) in this network
+    namespace, and does not block."""
+    listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+    listener.bind((0, 0))
+    listener.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+    listener.setblocking(False)
+    return listener
 
 
 def nft_programs() -> dict[str, list[str]]:

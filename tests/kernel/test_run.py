@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -19,10 +18,11 @@ import pytest
 
 from agent.kernel.tables import Kernel
 from lab.world import World
-from rules.netlink.nftables import NFT_MSG_DELSETELEM, NFT_MSG_NEWSETELEM
+from rules.netlink.nftables import NFNLGRP_NFTABLES, NFT_MSG_DELSETELEM, NFT_MSG_NEWSETELEM
 from rules.tables import SETS
 from rules.target import target_of
 from tests.kernel.agent import PATIENCE, Agent, Connections, write
+from tests.kernel.namespaces import notifications
 from tests.manifest import endpoint, service_document, slice_document
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
@@ -89,15 +89,7 @@ class Notifications:
     """The kernel's notifications about elements of sets in the node's namespace."""
 
     def __init__(self, world: World) -> None:
-        self._socket = world.run("node", self._open)
-
-    @staticmethod
-    def _open() -> socket.socket:
-        listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-        listener.bind((0, 0))
-        listener.setsockopt(270, 1, 7)  # NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES
-        listener.setblocking(False)
-        return listener
+        self._socket = world.run("node", notifications, NFNLGRP_NFTABLES)
 
     def element_messages(self) -> int:
         count = 0

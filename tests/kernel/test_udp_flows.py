@@ -1,4 +1,4 @@
-"""UDP flows that clients keep alive with one socket, while endpoints come and go.
+"""UDP flows that clients keep alive with one socket, while endpoints are added and removed.
 
 A client here never closes its socket, so conntrack sees one flow for as long as it lives: the
 same endpoint answers, or none, until the entry is deleted. It does not connect its socket
@@ -29,6 +29,7 @@ from rules.stale_flows import Flow, Look
 from rules.state import State
 from rules.transaction import Transaction
 from tests.kernel.agent import Agent, write
+from tests.kernel.namespaces import notifications
 from tests.kernel.proxy import Proxy
 from tests.manifest import (
     endpoint,
@@ -43,6 +44,7 @@ from tests.manifest import (
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
 
 PORT, NODE_PORT = 53, 30053
+_NFNLGRP_CONNTRACK_DESTROY = 3
 PORTS = [{"name": "dns", "port": PORT, "protocol": "UDP", "nodePort": NODE_PORT}]
 TARGETS = [{"name": "dns", "port": 8080, "protocol": "UDP"}]
 PODS = ("pod-1", "pod-2", "remote-1")
@@ -470,18 +472,10 @@ def test_a_flow_that_leads_elsewhere_meanwhile_is_not_deleted(
 
 
 class Destroyed:
-    """Conntrack's word on UDP entries that end: those that begin after this does."""
+    """The UDP entries whose end conntrack reports, from now on."""
 
     def __init__(self, world: World) -> None:
-        self._socket = world.run("node", self._open)
-
-    @staticmethod
-    def _open() -> socket.socket:
-        listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-        listener.bind((0, 0))
-        listener.setsockopt(270, 1, 3)  # NETLINK_ADD_MEMBERSHIP, NFNLGRP_CONNTRACK_DESTROY
-        listener.setblocking(False)
-        return listener
+        self._socket = world.run("node", notifications, _NFNLGRP_CONNTRACK_DESTROY)
 
     def __enter__(self) -> Destroyed:
         return self
