@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -128,6 +129,32 @@ def test_with_too_few_descriptors_it_ends_with_one_line(
     last = error.splitlines()[-1]
     assert "Traceback" not in error
     assert "open files" in last
+    assert process.returncode == 2
+
+
+FAILS_AT_ONCE = """
+from agent.serve.http import HttpServer
+
+def work(self):
+    raise RuntimeError("broken")
+
+HttpServer.work = work
+from agent.cli.main import main
+main()
+"""
+
+
+def test_a_server_that_fails_as_soon_as_it_starts_ends_the_agent(world: World, place: Path) -> None:
+    """Its failure is reported before the loop runs, and is not lost."""
+    command = [sys.executable, "-c", FAILS_AT_ONCE, "run", "--from", str(place), "--node", "node-1"]
+    process = world.popen("node", command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        error = process.communicate(timeout=PATIENCE)[1]
+    finally:
+        process.kill()
+    last = json.loads(error.splitlines()[-1])
+    assert last["event"] == "ended"
+    assert "broken" in last["reason"]
     assert process.returncode == 2
 
 
