@@ -90,7 +90,8 @@ def claim_counts(state: State, name: Name, claim: Claim, counts: PacketCounts) -
 
 
 _Columns = tuple[Mapping[Key, Count], ...]
-"""Of service-, inside-, reject-, drop- and guarded, what their elements counted."""
+"""Of service-, inside-, reject-, drop-, outside-ranges and outside-ranges-known, what their
+elements counted."""
 _Numbers = list[int]
 """The packets of a key in each of the columns."""
 
@@ -104,7 +105,8 @@ def _columns(verdicts: Set, counts: PacketCounts) -> _Columns:
             *(sets.service_nodeports, sets.inside_nodeports),
             *(sets.reject_nodeports, sets.drop_nodeports),
         )
-    return tuple(counts.get(owner, nothing) for owner in (*owners, sets.guarded))
+    owners = (*owners, sets.outside_ranges, sets.outside_ranges_known)
+    return tuple(counts.get(owner, nothing) for owner in owners)
 
 
 def _numbers(columns: _Columns, key: Key) -> _Numbers:
@@ -112,7 +114,7 @@ def _numbers(columns: _Columns, key: Key) -> _Numbers:
 
 
 def _record(name: Name, frontend: Frontend, numbers: _Numbers) -> FrontendCounts:
-    seen, inside, refused, dropped, outside = numbers
+    seen, inside, refused, dropped, outside, of_flows = numbers
     port = frontend.service_port
     return FrontendCounts(
         name.namespace,
@@ -123,7 +125,10 @@ def _record(name: Name, frontend: Frontend, numbers: _Numbers) -> FrontendCounts
         {NO_ENDPOINTS: refused} if refused else {},
         {
             reason: number
-            for reason, number in ((NO_LOCAL_ENDPOINTS, dropped), (SOURCE_RANGES, outside))
+            for reason, number in (
+                (NO_LOCAL_ENDPOINTS, dropped),
+                (SOURCE_RANGES, outside + of_flows),
+            )
             if number
         },
     )

@@ -194,9 +194,13 @@ def _length(fields: Concat) -> int:
 
 
 class Predicate(Enum):
-    """Tests on the connection and the route that take no argument."""
+    """Tests on the connection and the route that take no argument.
+
+    KNOWN holds for every packet of a connection but its first one.
+    """
 
     NEW = "ct state new"
+    KNOWN = "ct status confirmed"
     TRANSLATED = "ct status dnat"
     UNTRANSLATED = "ct status ! dnat"
     FROM_HERE = "fib saddr type local"
@@ -308,8 +312,9 @@ class Goto:
 
 
 class Final(Enum):
-    """Statements that end the packet's path through the chain."""
+    """Statements that end the packet's path through the chain; ACCEPT ends the base chain's."""
 
+    ACCEPT = "accept"
     DROP = "drop"
     RETURN = "return"
     MASQUERADE = "masquerade fully-random"

@@ -308,7 +308,8 @@ def _guard(service: Service, frontend: Frontend, around: Surroundings) -> Iterat
     if any(ipaddress.ip_address(a) in n for a in own for n in ranges):
         balancers = (ipaddress.ip_address(a) for a in service.load_balancer_ips if len(a) == length)
         ranges += [ipaddress.ip_network(b) for b in balancers if not any(b in n for n in ranges)]
-    yield sets.guarded, frontend.key, None
+    for owner in (sets.guarded, sets.outside_ranges, sets.outside_ranges_known):
+        yield owner, frontend.key, None
     for network in ranges:
         low, high = network.network_address.packed, network.broadcast_address.packed
         yield sets.source_ranges, frontend.key + low, frontend.key + high

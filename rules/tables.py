@@ -24,7 +24,8 @@ A packet's path through it (`ip sliceproxy`, and the same for `ip6`):
        by-client-...lb-WIDTH)
 
     input, forward, output, filter 0: connections that have had no answer yet
-      outside loadBalancerSourceRanges: drop   (guarded, source-ranges)
+      outside loadBalancerSourceRanges: drop   (guarded, source-ranges; counted in outside-ranges,
+                                                outside-ranges-known)
       those that were not sent to an endpoint:
       no endpoints: reject or drop    (reject-ips, drop-ips)
       input: the same for node ports  (reject-nodeports, drop-nodeports)
@@ -154,7 +155,13 @@ class FamilySets:
         self.drop_ips = counted("drop-ips", destination, "policy Local, and no endpoints here")
         self.reject_nodeports = counted("reject-nodeports", port, "no endpoints anywhere")
         self.drop_nodeports = counted("drop-nodeports", port, "policy Local, and no endpoints here")
-        self.guarded = counted("guarded", destination, "has loadBalancerSourceRanges")
+        self.guarded = plain("guarded", destination, "has loadBalancerSourceRanges")
+        self.outside_ranges = counted(
+            "outside-ranges", destination, "new connections from outside the ranges"
+        )
+        self.outside_ranges_known = counted(
+            "outside-ranges-known", destination, "flows that began before the ranges"
+        )
         self.source_ranges = Set(
             family, "source-ranges", (*destination, fields.saddr), interval=True
         )
@@ -222,6 +229,10 @@ class PodInterface(msgspec.Struct, frozen=True):
 
     name: str
     prefix: bool
+
+    def matches(self, interface: str) -> bool:
+        """Whether packets that come in there are a pod's."""
+        return interface.startswith(self.name) if self.prefix else interface == self.name
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -302,35 +313,44 @@ def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
     )
     yield Chain("marked", (rule(Unmark(layout.mark)), rule(Final.MASQUERADE)))
     if layout.guarded:
-        yield _guard(layout, sets)
+        yield from _guard(sets)
 
 
-def _guard(layout: Layout, sets: FamilySets) -> Chain:
+def _guard(sets: FamilySets) -> Iterator[Chain]:
     """Drops what comes from outside loadBalancerSourceRanges.
 
     A filter chain asks every packet of a flow that has had no answer (`ct state new`); a nat chain
     asks the first one only, so a one-way UDP flow would outlive the ranges that let it in. By then
     the packet may have been translated: the destination is the connection's original one.
 
-    With counters `guarded` is looked up last, so that it counts what is dropped and nothing else.
+    Two sets have no other purpose than to count what is dropped: a nat chain has counted the first
+    packet of a connection, and no other packet of a flow.
     """
     f = sets.fields
     at = (f.original_daddr, f.protocol, f.original_dport)
-    tests = [In(at, sets.guarded), In((*at, f.saddr), sets.source_ranges, negated=True)]
-    if layout.counters:
-        tests.reverse()
-    return Chain(
+    known, why = "outside-ranges-known", "outside loadBalancerSourceRanges"
+    yield Chain(
         "guard",
         tuple(
             rule(
                 IsProtocol(protocol),
-                *tests,
-                Final.DROP,
-                comment="outside loadBalancerSourceRanges",
+                In(at, sets.guarded),
+                In((*at, f.saddr), sets.source_ranges, negated=True),
+                Goto("outside-ranges"),
             )
             for protocol in PROTOCOLS
         ),
     )
+    dropping, dropping_known = (
+        tuple(
+            rule(IsProtocol(protocol), In(at, owner), Final.DROP, comment=why)
+            for protocol in PROTOCOLS
+        )
+        for owner in (sets.outside_ranges, sets.outside_ranges_known)
+    )
+    drop = rule(Final.DROP, comment=why)
+    yield Chain("outside-ranges", (rule(Is(Predicate.KNOWN), Goto(known)), *dropping, drop))
+    yield Chain(known, (*dropping_known, drop))
 
 
 def _from_pod(layout: Layout, sets: FamilySets) -> Statement | None:
@@ -477,9 +497,13 @@ def _balancer_family(
     yield Chain(draw, (rule(Translate((*key, f.random(width)), endpoints)),))
 
     drawing = balancer(width, node_port=node_port, inside=inside, sticky=False)
-    always_filled = rule(Goto(_draw(fewest(width), node_port=node_port, inside=inside)))
+    always_filled = _draw(fewest(width), node_port=node_port, inside=inside)
     draws = (rule(Jump(draw)),) * (DRAWS if fewest(width) < width else 0)
-    yield Chain(drawing, (*(_marks_own(layout) if inside else ()), *draws, always_filled))
+    if inside:
+        last = (rule(Jump(always_filled)), _no_endpoints_anywhere())
+        yield Chain(drawing, (*_marks_own(layout), *draws, *last))
+    else:
+        yield Chain(drawing, (*draws, rule(Goto(always_filled))))
 
     hashing = f"by-client-{drawing}"
     if layout.affinity and width > 1:
@@ -487,7 +511,8 @@ def _balancer_family(
             *(f.hashed(width, seed) for seed in range(1, HASH_DRAWS + 1)),
             f.hashed(fewest(width), HASH_DRAWS + 1),
         )
-        yield Chain(hashing, tuple(rule(Translate((*key, slot), endpoints)) for slot in slots))
+        hashed = tuple(rule(Translate((*key, slot), endpoints)) for slot in slots)
+        yield Chain(hashing, (*hashed, *((_no_endpoints_anywhere(),) if inside else ())))
 
     before: dict[str, tuple[Rule, ...]] = {PLAIN: ()}
     if not inside:
@@ -506,6 +531,12 @@ def _balancer_family(
             full = rule(In((f.direction,), sets.affinity_full), Goto(hashing))
             choose = (*((full,) if width > 1 else ()), rule(Goto(drawing)))
             yield Chain(name, (*marks, again, *choose))
+
+
+def _no_endpoints_anywhere() -> Rule:
+    """Ends the packet's way where a client inside finds no endpoint. Behind it the packet would
+    find the frontend's other verdict, whose list is empty too, and be counted a second time."""
+    return rule(Final.ACCEPT, comment="no endpoints anywhere")
 
 
 def _marks_own(layout: Layout) -> tuple[Rule, ...]:

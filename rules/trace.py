@@ -274,6 +274,8 @@ class _Flight:
         match status:
             case Predicate.NEW:
                 return True
+            case Predicate.KNOWN:
+                return False
             case Predicate.TRANSLATED:
                 return self._translated
             case Predicate.UNTRANSLATED:
@@ -502,6 +504,8 @@ class _Passage:
         match statement:
             case Final.RETURN:
                 return _Verdict.RETURN
+            case Final.ACCEPT:
+                pass  # it ends the base chain, and a table has one for each hook and type
             case Final.MASQUERADE:
                 # the other rule that masquerades asks for the mark alone, in the rules before it
                 why = Masquerade.HAIRPIN if self._matched else Masquerade.MARK

@@ -37,7 +37,9 @@ from rules.netlink.attributes import attribute, nest, string, u32
 from rules.netlink.nftables import (
     ICMP_PORT_UNREACH,
     ICMPV6_PORT_UNREACH,
+    IPS_CONFIRMED,
     IPS_DST_NAT,
+    NF_ACCEPT,
     NF_DROP,
     NF_NAT_RANGE_PROTO_RANDOM_FULLY,
     NFPROTO,
@@ -181,6 +183,8 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
     match described:
         case Is(Predicate.NEW):
             yield from _has_bit(NFT_CT_STATE, _STATE_NEW)
+        case Is(Predicate.KNOWN):
+            yield from _has_bit(NFT_CT_STATUS, IPS_CONFIRMED)
         case Is(Predicate.TRANSLATED):
             yield from _has_bit(NFT_CT_STATUS, IPS_DST_NAT)
         case Is(Predicate.UNTRANSLATED):
@@ -230,6 +234,8 @@ def _statement(described: Statement, family: int) -> Iterator[bytes]:  # noqa: P
 
 def _final(described: Final, family: int) -> bytes:
     match described:
+        case Final.ACCEPT:
+            return _verdict(NF_ACCEPT)
         case Final.DROP:
             return _verdict(NF_DROP)
         case Final.RETURN:

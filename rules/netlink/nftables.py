@@ -103,7 +103,7 @@ NFTA_TRACE_NETWORK_HEADER, NFTA_TRACE_TRANSPORT_HEADER, NFTA_TRACE_IIF = 8, 9, 1
 NFTA_TRACE_OIF, NFTA_TRACE_NFPROTO, NFTA_TRACE_POLICY = 12, 15, 16
 
 # other headers
-IPS_DST_NAT = 0x20  # linux/netfilter/nf_conntrack_common.h
+IPS_CONFIRMED, IPS_DST_NAT = 0x8, 0x20  # linux/netfilter/nf_conntrack_common.h
 NF_NAT_RANGE_PROTO_RANDOM_FULLY = 0x10  # linux/netfilter/nf_nat.h
 RTN_LOCAL = 2  # linux/rtnetlink.h: an address of this machine
 ICMP_PORT_UNREACH, ICMPV6_PORT_UNREACH = 3, 4  # linux/icmp.h, linux/icmpv6.h

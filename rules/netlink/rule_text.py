@@ -130,7 +130,7 @@ _CT = {
 }
 _BITS = {
     "ct state": {1: "invalid", 2: "established", 4: "related", 8: "new", 64: "untracked"},
-    "ct status": {0x4: "assured", 0x10: "snat", 0x20: "dnat"},
+    "ct status": {0x4: "assured", 0x8: "confirmed", 0x10: "snat", 0x20: "dnat"},
 }
 _PAYLOAD = {
     (NFT_PAYLOAD_NETWORK_HEADER, 9, 1): "ip protocol",

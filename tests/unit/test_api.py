@@ -377,7 +377,8 @@ def test_named_services_are_listed_alone_and_no_other_counters_are_read() -> Non
     named = {"services": "default/db,default/gone,default/db", "counters": "true"}
     code, lines = agent.get("/v1/services", **named)
     assert (code, [line["name"] for line in lines]) == (200, ["db"])
-    assert asked == [{"service-ips", "inside-ips", "reject-ips", "drop-ips", "guarded"}]
+    sets = {"service-ips", "inside-ips", "reject-ips", "drop-ips"}
+    assert asked == [{*sets, "outside-ranges", "outside-ranges-known"}]
     assert agent.get("/v1/services", services="default/db")[1][0]["frontends"][0]["refused"] is None
     assert len(asked) == 1
     for bad in ("db", "/db", "default/", ",".join(f"a/{number}" for number in range(CHOSEN + 1))):
