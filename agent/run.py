@@ -382,6 +382,7 @@ def _api_server(
     if not settings.api_socket and bind is None:
         return None
     # 1 MB of modules that an agent without the API does not need
+    from agent.kernel.addresses import interface_towards
     from agent.kernel.facts import collect, conntrack, with_state
     from agent.kernel.lookups import kernel_elements
     from agent.serve.api import STATE_SECONDS, Api, ApiServer, Sources
@@ -416,6 +417,7 @@ def _api_server(
         counts=counters.read if counters else None,
         counts_of=counters.read_of if counters else None,
         flows=RecentFlows(failed),
+        interface=interface_towards,
     )
     return ApiServer(
         Api(sources),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from rules.objects import (
 from rules.program import Claim, port_lists
 from rules.selection import Selection
 from rules.state import State
-from rules.tables import SETS
+from rules.tables import SETS, PodInterface
 from rules.target import target_of, target_text
 from rules.trace import (
     Branch,
@@ -141,11 +141,14 @@ def explain(
     question: str,
     from_address: str | None = None,
     elements: Elements | None = None,
+    interface: Callable[[Address], str] | None = None,
 ) -> Explanation:
     """What happens to connections to `question`.
 
     `state` has been stepped. `from_address` asks for one client only. `elements` are those read
-    from the kernel; without them, those that the state computes. Raises QuestionError.
+    from the kernel; without them, those that the state computes. `interface` has the node's
+    interface towards an address, "" if there is none; without it, where the rules identify pods by
+    interface, endpoints on this node alone count as its pods. Raises QuestionError.
     """
     target = parse_destination(question)
     used = state.elements() if elements is None else elements
@@ -154,7 +157,7 @@ def explain(
     if from_address is None:
         askers = list(_everybody(state, target, claim, used))
     else:
-        askers = [_one(state, target, from_address, used)]
+        askers = [_one(state, target, from_address, used, interface)]
     return Explanation(
         destination_text(target),
         answering,
@@ -369,7 +372,13 @@ class _Asker(NamedTuple):
     interface: str = ""
 
 
-def _one(state: State, target: Destination, text: str, elements: Elements) -> _Asker:
+def _one(
+    state: State,
+    target: Destination,
+    text: str,
+    elements: Elements,
+    interface: Callable[[Address], str] | None,
+) -> _Asker:
     """The asker that has this address."""
     address = parse_address(text, "write it like 10.244.1.7 or fd00::7")
     if len(address) != len(target.address):
@@ -378,6 +387,10 @@ def _one(state: State, target: Destination, text: str, elements: Elements) -> _A
         )
     if address in state.local.own():
         return _Asker(NODE, address)
+    by_interface = state.local.pods(target.family)
+    if interface and isinstance(by_interface, PodInterface):
+        name = interface(address)
+        return _Asker(POD if by_interface.matches(name) else OUTSIDE, address, name)
     if _is_in_pod_networks(address, target.family, elements) or address in _local_endpoints(state):
         return _Asker(POD, address, state.options.interface)
     return _Asker(OUTSIDE, address)

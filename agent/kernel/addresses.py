@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyroute2.iproute.linux import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl import (
     RTNLGRP_IPV4_IFADDR,
     RTNLGRP_IPV4_ROUTE,
@@ -89,6 +90,18 @@ def _source_towards(family: int, destination: str) -> Address:
             return ipaddress.ip_address(probe.getsockname()[0]).packed
     except OSError:
         return b""
+
+
+def interface_towards(address: Address) -> str:
+    """The interface of the route to an address, by which its packets come in unless routing is
+    asymmetric; "" if there is no route."""
+    try:
+        with IPRoute() as route:
+            (message,) = route.route("get", dst=str(ipaddress.ip_address(address)))
+            (link,) = route.get_links(message.get_attr("RTA_OIF"))
+    except NetlinkError:
+        return ""
+    return str(link.get_attr("IFLA_IFNAME"))
 
 
 class AddressFollower(Worker):

@@ -44,7 +44,7 @@ from rules.explain import Explanation, explain
 from rules.flow_report import Flow, StateDirectory
 from rules.history import Entry, History
 from rules.language import Set
-from rules.objects import Name
+from rules.objects import Address, Name
 from rules.problems import Problem
 from rules.service_report import ServiceLine, service_lines, services
 from rules.state import State
@@ -173,7 +173,8 @@ class Sources(NamedTuple):
     this node with a state. `elements` are the kernel's, None if it has no tables. `difference` has
     the commands that would bring the kernel to a state, `counts` what the kernel has counted, and
     `counts_of` the same of some elements; both are None without counters. `flows` listens to new
-    connections while someone asks; None where that is not possible.
+    connections while someone asks; None where that is not possible. `interface` has the
+    node's interface towards an address.
     """
 
     state: Callable[[], State | None]
@@ -191,6 +192,7 @@ class Sources(NamedTuple):
     counts: Callable[[], PacketCounts] | None = None
     counts_of: Callable[[Mapping[Set, Sequence[Key]]], PacketCounts] | None = None
     flows: RecentFlows | None = None
+    interface: Callable[[Address], str] | None = None
 
 
 ANSWERS: dict[str, Any] = {
@@ -281,7 +283,8 @@ class Api:
                     raise ApiError(400, "give ?target=ADDRESS:PORT[/udp|/sctp]")
                 state = self._stepped()
                 with self._sources.elements() as elements:
-                    return explain(state, query["target"], query.get("from"), elements)
+                    interface = self._sources.interface
+                    return explain(state, query["target"], query.get("from"), elements, interface)
             case ["v1", "diff"]:
                 _only(query)
                 return Difference(tuple(self._sources.difference(self._stepped())))
