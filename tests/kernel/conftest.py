@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -56,8 +56,8 @@ ADDRESSES = {
     },
 }
 # Below the kernel's own choice, and no port twice in a test: a UDP flow that conntrack remembers
-# is not sent through the rules again.
-_source_ports = itertools.cycle(range(10000, 29000))
+# is not sent through the rules again. Above the agent's own ports.
+_source_ports = itertools.cycle(range(11000, 29000))
 
 TRIES = 12
 """So many connections show that no other endpoint answers; more follow until all expected have."""
@@ -77,9 +77,10 @@ class StockedWorld(World):
 
     def socket(self, host: str, family: int, kind: int) -> socket.socket:
         stock = self._stock.setdefault((host, family, kind), [])
-        if not stock:
+        while True:
+            with suppress(IndexError):  # other threads ask too
+                return stock.pop()
             stock.extend(self.run(host, lambda: [socket.socket(family, kind) for _ in range(12)]))
-        return stock.pop()
 
     def __exit__(self, *exception: Any) -> None:
         for stock in self._stock.values():

@@ -231,39 +231,6 @@ def test_without_an_agent_the_exit_code_is_3(live: Live, tmp_path: Path) -> None
 
 # --- what packets do ----------------------------------------------------------------------------
 
-ROWS = [
-    # (address, port, protocol)
-    ("10.96.0.10", 80, "tcp"),
-    ("10.96.0.20", 53, "udp"),
-    ("10.96.0.30", 80, "tcp"),  # no endpoints
-    ("10.96.0.40", 80, "tcp"),  # a cluster IP with an endpoint elsewhere
-    ("203.0.113.9", 80, "tcp"),  # policy Local, no endpoint here
-    ("10.96.0.50", 80, "tcp"),  # session affinity
-    ("203.0.113.8", 80, "tcp"),  # source ranges
-    ("10.96.0.10", 81, "tcp"),  # a port that the Service does not have
-    ("10.96.9.9", 80, "tcp"),  # a cluster IP that no Service has
-    ("172.31.0.2", 30080, "tcp"),  # a node port
-    ("172.31.0.2", 30081, "tcp"),
-]
-OUTCOMES = {"answered": "sent", "refused": "refused", "silent": "dropped"}
-
-
-@pytest.mark.parametrize("asker", ["pod-3", "node", "client"])
-@pytest.mark.parametrize(("address", "port", "protocol"), ROWS, ids=str)
-def test_explain_says_what_packets_do(
-    live: Live, asker: str, address: str, port: int, protocol: str
-) -> None:
-    """From the kernel's own elements: sent where the answer is from, refused, or dropped."""
-    source = live.world.hosts[asker].ipv4
-    found = live.record("explain", f"{address}:{port}/{protocol}", "--from-address", source)
-    assert found["from_kernel"] is True
-    (asked,) = found["asked"]
-    answer = live.world.ask(asker, address, port, protocol, timeout=0.4)
-    assert asked["outcomes"] == [OUTCOMES[answer.outcome]], (found, answer)
-    if answer.outcome == "answered":
-        server = live.world.hosts[str(answer.server)].ipv4
-        assert f"{server}:8080" in {reached["endpoint"] for reached in asked["endpoints"]}
-
 
 def test_explain_is_exit_code_1_where_a_client_is_refused_or_dropped(live: Live) -> None:
     assert live.ask("explain", "10.96.0.10:80").returncode == 0
