@@ -445,6 +445,13 @@ class Loop:
             if table.family in families and any(s.dynamic for s in table.sets):
                 self._reading += 1
                 self._clients.read(table.family)
+        if not self._reading:
+            self._clients_judged()
+
+    def _clients_judged(self) -> None:
+        """No client is remembered for an endpoint that was removed; what they needed may go."""
+        if self.state.clients_judged():
+            self.put(())
 
     def _judge_clients(self, clients: Clients) -> None:
         stale = [c for c in clients.remembered if not self.state.is_current(*c)]
@@ -468,6 +475,7 @@ class Loop:
             for look in self._looks:
                 self._flows.look(look)
             self._looks = []
+            self._clients_judged()
 
 
 def _summary(transaction: Transaction, state: State) -> dict[str, object]:

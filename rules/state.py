@@ -127,6 +127,8 @@ class State:
         self._affinity: Counter[tuple[int, int]] = Counter()
         self._guarded: Counter[int] = Counter()
         self._node_elements: frozenset[SetElement] = frozenset()
+        self._unjudged: set[int] = set()  # families whose remembered clients may be stale
+        self._lingering: set[SetElement] = set()  # hairpins that those clients may still need
         self._around = self.local.surroundings()
         self._node_problems = NodeProblems(self.local, self.problems)
         self.version = 0
@@ -309,7 +311,37 @@ class State:
         for claim in self._reprogram_dirty(change):
             advance(claim, *self._install(claim, shared), change, shared)
         self._advance_node(change)
+        if self._unjudged or change.stale_affinity or self._lingering:
+            self._linger(change)
         return Transaction(self._advance_tables() if self._layouts_changed else (), change)
+
+    def clients_judged(self) -> bool:
+        """To be called when the affinity maps have been gone through since the last transaction:
+        no client is remembered for an endpoint that was removed. Returns whether a step is due."""
+        self._unjudged.clear()
+        return bool(self._lingering)
+
+    def _linger(self, change: Change) -> None:
+        """Keeps hairpins of endpoints that were removed, until their clients are forgotten.
+
+        A pod may be remembered as a client of itself. Until that is deleted from the affinity map,
+        which takes reading all of it, its packets are sent to itself; without the hairpin they
+        are not masqueraded, and it gets no answer.
+        """
+        self._unjudged |= change.stale_affinity
+        for family in FAMILIES:
+            owner = SETS[family].hairpins
+            added = change.added.pop(owner, [])
+            if new := [(k, v) for k, v in added if (owner, k, v) not in self._lingering]:
+                change.added[owner] = new
+            self._lingering.difference_update((owner, k, v) for k, v in added)
+            if family in self._unjudged:
+                removed = change.removed.pop(owner, [])
+                self._lingering.update((owner, k, v) for k, v in removed)
+        if not self._unjudged:
+            for element in self._lingering:
+                change.remove(*element)
+            self._lingering.clear()
 
     def resync(self, read: Callable[[Table], KernelView | None]) -> Transaction:
         """The transaction that makes the kernel right.
@@ -350,11 +382,24 @@ class State:
             changes.append(changed)
             if found and not changed.create:
                 have.update((s, e) for s, e in found.elements.items() if s not in changed.replaced)
+        self._linger_from(have, first=first)
         want = self.elements()
         self.element_counts = {owner: len(items) for owner, items in want.items()}
         difference = between(have, want)
         difference.stale_udp = self._served_formerly(lists, change)
         return Transaction(tuple(changes), difference)
+
+    def _linger_from(self, have: Mapping[Set, Mapping[Key, Value]], *, first: bool) -> None:
+        """As `_linger`, by what the kernel has: after a start the hairpins that another run left,
+        later those that lingered already."""
+        self._unjudged = {family for family, _ in self._affinity}
+        present: set[SetElement] = {
+            (owner, key, None)
+            for owner in (SETS[family].hairpins for family in self._unjudged)
+            for key in have.get(owner, {})
+            if first or (owner, key, None) in self._lingering
+        }
+        self._lingering = present - self._counts.keys()
 
     def _served_formerly(
         self, lists: Mapping[Claim, Lists], change: Change
@@ -376,6 +421,7 @@ class State:
     def _all_elements(self) -> Iterator[SetElement]:
         yield from self._node_elements
         yield from self._counts
+        yield from self._lingering
         for claim, installed in self.installed.items():
             yield from elements(claim, installed)
 

@@ -55,13 +55,19 @@ class Proxy:
         if transaction:
             self.kernel.apply(transaction)
         self.seconds = time.perf_counter() - started
-        for family in transaction.change.stale_affinity:
+        self.forget_clients(*transaction.change.stale_affinity)
+        return transaction
+
+    def forget_clients(self, *families: int) -> None:
+        """Deletes the clients of endpoints that were removed, and what those needed."""
+        for family in families:
             if self.affinity_set(family):
                 affinity = SETS[family].affinity
                 clients = self.kernel.elements(affinity).items()
                 stale = [c for c in clients if not self.state.is_current(*c)]
                 self.kernel.destroy(affinity, stale)
-        return transaction
+        if self.state.clients_judged():
+            self.kernel.apply(self.state.step())
 
     def affinity_set(self, family: int) -> bool:
         return any(s.dynamic for t in self.state.tables() if t.family == family for s in t.sets)

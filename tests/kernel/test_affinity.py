@@ -13,10 +13,14 @@ import pytest
 import structlog
 
 from agent.kernel.affinity import AffinityWatch
+from agent.loop import reader
 from lab.world import World
+from rules.diff import between
+from rules.events import Upsert
 from rules.frontends import destination_key
 from rules.netlink.batch import Batch
 from rules.objects import UDP, Service, parse_address
+from rules.state import State
 from rules.tables import AFFINITY_SIZE, SETS, TABLE, remember
 from rules.target import target_of
 from tests import manifest
@@ -320,6 +324,40 @@ def test_clients_of_a_removed_endpoint_move_and_the_others_stay(
     p.put(net.slice(*ENDPOINTS))
     assert crowd.ask(net.at(frontend)) == second  # no client moves back
     p.check()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_pod_remembered_as_its_own_client_is_answered_until_it_is_forgotten(
+    proxy: Start, net: Net, restart: bool
+) -> None:
+    """Its endpoint is removed, and its affinity to itself is not yet: also where another agent
+    begins at that moment. Then it gets the other endpoint, and no hairpin stays."""
+    p = proxy(cluster_cidr=CLUSTER_CIDR)
+    where, hairpins = net.at("cluster-ip"), SETS[net.family].hairpins
+    p.put(sticky(net), net.slice("pod-1"))
+    assert net.server("pod-1", where) == "pod-1"
+    p.state.apply([Upsert(net.slice("pod-2"))])
+    if restart:
+        heir = State(p.state.options)
+        heir.apply([Upsert(o) for o in (sticky(net), net.slice("pod-2"), manifest.node())])
+        p.state = heir
+    p.kernel.apply(p.state.resync(reader(p.kernel)) if restart else p.state.step())
+    assert net.server("pod-1", where) == "pod-1"
+    assert not between(p.in_kernel(), p.state.elements())
+    p.forget_clients(net.family)
+    assert net.server("pod-1", where) == "pod-2"
+    assert set(p.kernel.elements(hairpins)) == {net.packed(net.address("pod-2")) * 2}
+    p.check()
+
+
+def test_hairpins_do_not_stay_where_no_client_is_remembered(proxy: Start, net: Net) -> None:
+    """Without session affinity they are removed with the endpoint."""
+    p = proxy(cluster_cidr=CLUSTER_CIDR)
+    p.put(net.service(), net.slice("pod-1"))
+    p.state.apply([Upsert(net.slice("pod-2"))])
+    p.kernel.apply(p.state.step())
+    hairpins = p.kernel.elements(SETS[net.family].hairpins)
+    assert set(hairpins) == {net.packed(net.address("pod-2")) * 2}
 
 
 UNUSABLE = {
