@@ -171,8 +171,8 @@ def resident_mb(agent: Agent) -> float:
 def flood(
     flooded: Flooded, where: str, what: tuple[str, str, int], changes: int = 0
 ) -> dict[str, list[str]]:
-    """Floods with a kind, a path and a number, and returns what probes got meanwhile, by whom they asked. Memory and descriptors
-    stay bounded, and changes are programmed as they are made."""
+    """Floods with a kind, a path and a number; returns what probes got meanwhile, by where they
+    asked. Memory and descriptors stay bounded, and changes are programmed as they are made."""
     before = resident_mb(flooded.agent)
     probes = {
         "kubelet": flooded.start(PROBE, HEALTH, "/livez", "1"),
