@@ -14,7 +14,7 @@ import msgspec
 from rules.frontends import FAMILY_OF_LENGTH, Frontend
 from rules.language import FAMILY_NAME, Set
 from rules.netlink.counters import NO_PACKETS, Count
-from rules.objects import Name, address_text
+from rules.objects import Name, Service, address_text
 from rules.program import Claim
 from rules.state import State
 from rules.tables import FAMILIES, SETS
@@ -70,7 +70,7 @@ class FrontendCounter:
                     last = frontend, name, numbers, _record(name, frontend, numbers)
                 self._known[claim] = last
                 yield last[3]
-        yield from _unknown_ports(state, counts)
+        yield from _unknown_ports(state.services, counts)
         for family in FAMILIES:
             cidrs = counts.get(SETS[family].service_cidrs, {})
             if packets := sum(count.packets for count in cidrs.values()):
@@ -105,8 +105,8 @@ def _columns(verdicts: Set, counts: PacketCounts) -> _Columns:
             *(sets.service_nodeports, sets.inside_nodeports),
             *(sets.reject_nodeports, sets.drop_nodeports),
         )
-    owners = (*owners, sets.outside_ranges, sets.outside_ranges_known)
-    return tuple(counts.get(owner, nothing) for owner in owners)
+    outside = sets.outside_ranges, sets.outside_ranges_known
+    return tuple(counts.get(owner, nothing) for owner in (*owners, *outside))
 
 
 def _numbers(columns: _Columns, key: Key) -> _Numbers:
@@ -145,6 +145,23 @@ def counted_keys(state: State, names: Iterable[Name]) -> dict[Set, list[Key]]:
     return found
 
 
+def service_counts(state: State, name: Name, counts: PacketCounts) -> Iterator[FrontendCounts]:
+    """The counts of one Service, with those of unknown ports of its cluster IPs."""
+    for claim in _held(state, name):
+        yield claim_counts(state, name, claim, counts)
+    if name in state.services:
+        yield from _unknown_ports({name: state.services[name]}, counts)
+
+
+def service_keys(state: State, name: Name) -> dict[Set, list[Key]]:
+    """The elements that count for one Service: what `service_counts` looks at."""
+    found = counted_keys(state, [name])
+    for address in state.services[name].cluster_ips if name in state.services else ():
+        owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips
+        found.setdefault(owner, []).append(address)
+    return found
+
+
 def _held(state: State, name: Name) -> Iterator[Claim]:
     """The frontends of a Service that no other Service has, as far as they are programmed."""
     program = state.programs.get(name)
@@ -153,8 +170,10 @@ def _held(state: State, name: Name) -> Iterator[Claim]:
             yield claim
 
 
-def _unknown_ports(state: State, counts: PacketCounts) -> Iterator[FrontendCounts]:
-    for name, service in state.services.items():
+def _unknown_ports(
+    services: Mapping[Name, Service], counts: PacketCounts
+) -> Iterator[FrontendCounts]:
+    for name, service in services.items():
         for address in service.cluster_ips:
             owner = SETS[FAMILY_OF_LENGTH[len(address)]].cluster_ips
             packets = counts.get(owner, {}).get(address, NO_PACKETS).packets

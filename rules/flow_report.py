@@ -7,11 +7,12 @@ the same whether they come from manifests or from a running agent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
+from rules.counts import FrontendCounts
 from rules.endpoint_report import EndpointTable
 from rules.frontends import Kind
 from rules.lookup import Destination, claim_met
@@ -64,6 +65,53 @@ class Lost(msgspec.Struct, frozen=True):
     """So many events were lost, because they arrived faster than they were read."""
 
     lost: int
+
+
+class Unanswered(msgspec.Struct, frozen=True):
+    """Packets to an address that this node refused or dropped ("refused", "dropped") since the
+    record before.
+
+    `time` is seconds since the epoch. `reason` is one of those in rules.counts. `destination` is an
+    address and port, a node port, or for `unknown_port` an address; for `unallocated`, where no
+    Service has the address, it is "ip" or "ip6", and `service` and `port` are "".
+    """
+
+    time: float
+    outcome: str
+    destination: str
+    service: str
+    port: str
+    reason: str
+    packets: int
+
+
+class Counting:
+    """What was refused and dropped between two readings of the counters."""
+
+    def __init__(self, counts: Iterable[FrontendCounts]) -> None:
+        self._before = dict(_packets(counts))
+
+    def since(self, counts: Iterable[FrontendCounts], seconds: float) -> Iterator[Unanswered]:
+        """What was added since the last reading, at this time. A count that is lower than before
+        has begun again."""
+        now = dict(_packets(counts))
+        for key, packets in now.items():
+            before = self._before.get(key, 0)
+            if added := packets - before if packets >= before else packets:
+                outcome, destination, service, port, reason = key
+                yield Unanswered(seconds, outcome, destination, service, port, reason, added)
+        self._before = now
+
+
+def _packets(
+    counts: Iterable[FrontendCounts],
+) -> Iterator[tuple[tuple[str, str, str, str, str], int]]:
+    """Packets by outcome, destination, Service, port and reason."""
+    for one in counts:
+        service = f"{one.namespace}/{one.service}" if one.service else ""
+        for outcome, reasons in (("refused", one.refused), ("dropped", one.dropped)):
+            for reason, packets in reasons.items():
+                yield (outcome, one.frontend, service, one.port, reason), packets
 
 
 class Owner(NamedTuple):

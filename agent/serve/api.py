@@ -36,7 +36,14 @@ from agent.serve.http import (
     UnixAddress,
 )
 from agent.worker import Failed
-from rules.counts import FrontendCounter, FrontendCounts, PacketCounts, counted_keys
+from rules.counts import (
+    FrontendCounter,
+    FrontendCounts,
+    PacketCounts,
+    counted_keys,
+    service_counts,
+    service_keys,
+)
 from rules.diff import Elements
 from rules.doctor import Check
 from rules.endpoint_report import EndpointTable, QuestionError, endpoints
@@ -367,6 +374,10 @@ class Api:
         if self._sources.counts is None:
             raise ApiError(404, "this agent does not count; start it with --counters")
         namespace, name = query.get("namespace"), query.get("name")
+        if namespace and name and (read := self._sources.counts_of):
+            state, service = self._stepped(), Name(namespace, name)
+            found = read(service_keys(state, service))
+            return _encoded(list(service_counts(state, service, found)))
         return _encoded(
             [
                 one

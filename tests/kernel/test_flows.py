@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.kernel.counters import READ_SECONDS
 from agent.kernel.flow_watch import FlowWatch, sends_events
 from agent.kernel.socket import SO_RCVBUFFORCE
+from agent.kernel.tables import Kernel
+from agent.kernel.trace import rule_texts
 from lab.world import World
 from rules.flow_report import Lost
 from tests import manifest
@@ -192,3 +197,97 @@ def test_the_agent_says_whose_the_addresses_are_also_after_a_change(
                     line = process.stdout.readline()
             assert msgspec.json.decode(line)["service"] == "default/far"
         agent.terminate()
+
+
+# --- what is no connection ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting(net: Net, tmp_path: Path) -> Iterator[str]:
+    """The socket of an agent with Services that refuse and drop."""
+    place, socket = tmp_path / "cluster.json", str(tmp_path / "api.sock")
+    cidr = "fd00:10:96::/112" if net.family == 6 else "10.96.0.0/16"
+    write(
+        place,
+        *documents(net),
+        {"kind": "ServiceCIDR", "metadata": {"name": "all"}, "spec": {"cidrs": [cidr]}},
+        manifest.service_document(
+            "local",
+            cluster_ips=[f"{net.other_cluster_ip}0"],
+            ports=SERVICE_PORTS,
+            type="LoadBalancer",
+            ingress=[{"ip": net.balancer_ip}],
+            internalTrafficPolicy="Local",
+            loadBalancerSourceRanges=["192.0.2.0/24", "2001:db8:7::/64"],
+        ),
+        manifest.slice_document(
+            "local",
+            [net.endpoint("remote-1")],
+            ports=SLICE_PORTS,
+            family=f"IPv{net.family}",
+        ),
+        manifest.service_document(
+            "empty", cluster_ips=[f"{net.other_cluster_ip}1"], ports=SERVICE_PORTS
+        ),
+    )
+    with Agent(net.world, place, "--api-socket", socket) as agent:
+        agent.wait("programmed")
+        yield socket
+    with net.world.run("node", lambda: Kernel(own=False)) as kernel:
+        kernel.remove()
+
+
+def refuse_and_drop(net: Net) -> None:
+    """Packets of each reason, in different numbers."""
+    net.ask("pod-3", (f"{net.other_cluster_ip}1", 80))
+    for _ in range(2):
+        net.ask("pod-3", (net.cluster_ip, 81), "udp", timeout=0.9)
+    for _ in range(3):
+        net.ask("pod-3", (f"{net.other_cluster_ip}0", 80), "udp", timeout=0.1)
+    for _ in range(4):
+        net.ask("client", (net.balancer_ip, 80), "udp", timeout=0.1)
+    for _ in range(5):
+        net.ask("pod-3", (net.unallocated_ip, 80), "udp", timeout=0.1)
+
+
+def test_what_was_refused_and_dropped_is_shown_with_its_reason(net: Net, counting: str) -> None:
+    """The packets since the command began, and none of those before; connections beside them."""
+    refuse_and_drop(net)
+    time.sleep(READ_SECONDS)  # an older reading is answered for so long
+    with flows(net.world, "--socket", counting, "--seconds", "4", "-o", "json") as process:
+        refuse_and_drop(net)
+        net.ask("pod-3", (net.cluster_ip, 80))
+        out, error = process.communicate()
+    assert (process.returncode, error) == (0, "")
+    found: Counter[tuple[str, ...]] = Counter()
+    for record in map(json.loads, out.splitlines()):
+        if "packets" in record:
+            parts = ("outcome", "destination", "service", "port", "reason")
+            found[tuple(record[part] for part in parts)] += record["packets"]
+    at = "[{}]:80/{}" if net.family == 6 else "{}:80/{}"
+    assert found == {
+        ("refused", at.format(f"{net.other_cluster_ip}1", "tcp"), "default/empty", "web",
+         "no_endpoints"): 1,
+        ("refused", net.cluster_ip, "default/web", "", "unknown_port"): 2,
+        ("dropped", at.format(f"{net.other_cluster_ip}0", "udp"), "default/local", "dns",
+         "no_local_endpoints"): 3,
+        ("dropped", at.format(net.balancer_ip, "udp"), "default/local", "dns", "source_ranges"): 4,
+        ("dropped", "ip6" if net.family == 6 else "ip", "", "", "unallocated"): 5,
+    }  # fmt: skip
+    assert '"pod":"web-abc"' in out
+
+
+def test_of_one_service_only_its_own_refusals_are_shown(net: Net, counting: str) -> None:
+    with flows(net.world, "web", "--socket", counting, "--seconds", "3") as process:
+        refuse_and_drop(net)
+        out, _ = process.communicate()
+    (line,) = out.splitlines()
+    where = re.escape(f"{net.cluster_ip}  default/web  2 packets: no Service port has this port")
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d\.\d{{3}}  refused  {where}", line)
+
+
+def test_nothing_is_added_to_the_rules_while_flows_watches(net: Net, counting: str) -> None:
+    """The packet path is that of a node on which no command runs."""
+    rules = net.world.run("node", rule_texts)
+    with flows(net.world, "web", "--socket", counting, "--follow"):
+        assert net.world.run("node", rule_texts) == rules
