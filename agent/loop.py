@@ -391,7 +391,7 @@ class Loop:
             self._history.record(self.state.changes, time.time(), transaction.change.operations)
         self.state.changes.clear()
         self._forget_clients(transaction.change.stale_affinity)
-        if not compared:  # behind the affinity map, which would bring a stale flow back
+        if not compared:  # after the affinity map, which would bring a stale flow back
             self._look_for_stale_flows(transaction.change.stale_udp)
         if self._show_elements:
             for command in commands(transaction):
@@ -409,7 +409,7 @@ class Loop:
     def _look_for_stale_flows(
         self, formerly: Mapping[Claim, Serving], *, everything: bool = False
     ) -> None:
-        """Behind the affinity map, which would bring a stale flow back."""
+        """To be called after the affinity map was read, which would bring a stale flow back."""
         look = Look(formerly, self.state.node_port_addresses(), everything)
         if self._reading:
             self._looks.append(look)

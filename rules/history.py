@@ -2,7 +2,7 @@
 
 An entry says when, which Service, which endpoint, and why, in the API's terms: an endpoint is added
 to an EndpointSlice, is not ready any more, terminates, is removed. The loop records the changes of
-objects behind the transaction that programmed them, so every entry has what it cost: how many
+objects after the transaction that programmed them, so every entry has its cost: how many
 elements that transaction wrote, and how long it was from the moment that the API server noted as
 the cause (annotation endpoints.kubernetes.io/last-change-trigger-time) to the kernel's answer.
 

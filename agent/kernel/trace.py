@@ -42,7 +42,7 @@ from rules.netlink.trace import (
 from rules.packet_trace import TRACE_TABLE, RuleKey, TracedPacket, traced_packet
 
 _PRIORITY = -350
-"""Before conntrack (-200) and the raw tables (-300), behind reassembly (-400)."""
+"""Before conntrack (-200) and the raw tables (-300), after reassembly (-400)."""
 _CHAINS = tuple(
     Chain(hook.value[0], (), Base("filter", hook, _PRIORITY))
     for hook in (Hook.PREROUTING, Hook.OUTPUT)

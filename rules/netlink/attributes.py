@@ -43,7 +43,7 @@ def string(kind: int, text: str) -> bytes:
 def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
     """The attributes of a message body or a nest: type without flags, payload without padding.
 
-    Fewer than 4 bytes behind the last attribute are ignored, as the kernel ignores them. Raises
+    Fewer than 4 bytes after the last attribute are ignored, as the kernel ignores them. Raises
     Malformed.
     """
     position, end = 0, len(data)

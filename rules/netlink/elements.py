@@ -56,7 +56,7 @@ def encode_slots(
     owner: Set, lists: Iterable[tuple[Key, Sequence[bytes]]], most: int
 ) -> Iterator[bytes]:
     """The elements of lists, in portions of whole elements of at most `most` bytes. The elements
-    of a list have its key with the slot behind it, 0 and on, and the target in that slot."""
+    of a list have its key followed by the slot, from 0 on, and the target in that slot."""
     head, middle = _around_key_and_data(owner)
     size = len(head) + owner.key_length + len(middle) + owner.data_length
     portion = most // size * size
@@ -75,7 +75,7 @@ def encode_slots(
 
 @cache
 def _around_key(owner: Set) -> tuple[bytes, bytes]:
-    """The bytes before and behind the key in an element that has nothing else."""
+    """The bytes before and after the key in an element that has nothing else."""
     length = owner.key_length
     return _element(_key(bytes(length)))[:_KEY_START], bytes(-length % 4)
 
@@ -90,7 +90,7 @@ def _around_key_and_data(owner: Set) -> tuple[bytes, bytes]:
 
 
 class _Verdicts(dict[str, tuple[bytes, bytes]]):
-    """By chain, the bytes before and behind the key in an element whose verdict is `goto` it."""
+    """By chain, the bytes before and after the key in an element whose verdict is `goto` it."""
 
     def __init__(self, key_length: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def _decode_element(owner: Set, key_length: int, data_length: int, content: byte
 
 
 END = "end of a range"
-"""The value by which `decode_elements` marks the element behind a range."""
+"""The value by which `decode_elements` marks the element after a range."""
 
 
 def _inner(payload: bytes) -> bytes:

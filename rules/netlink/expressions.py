@@ -384,7 +384,7 @@ def _read(part: Field, unit: int) -> bytes:
             return _client_hash(part, into)
 
 
-_SCRATCH_UNIT = 8  # behind every key: the address to be hashed
+_SCRATCH_UNIT = 8  # after every key: the address to be hashed
 
 
 def _client_hash(part: Field, into: int) -> bytes:

@@ -23,7 +23,7 @@ NFGENMSG = struct.Struct("!BBH")
 """struct nfgenmsg, with which every netfilter message begins: family, version, resource id."""
 
 SEQUENCES = 1 << 32
-"""How many sequence numbers there are; they start over behind the last one."""
+"""How many sequence numbers there are; after the last one they start over."""
 
 Message = tuple[int, int, int, int, int]
 """Type, flags, sequence number, and where the content begins and ends."""

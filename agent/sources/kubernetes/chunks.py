@@ -12,7 +12,7 @@ _DIGITS = frozenset(b"0123456789abcdefABCDEF")
 
 
 class Dechunker:
-    """Cuts chunks. `over`: the last one has been seen, with the trailer behind it."""
+    """Cuts chunks. `over`: the last one has been seen, with the trailer after it."""
 
     def __init__(self) -> None:
         self.over = False
