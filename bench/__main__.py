@@ -120,7 +120,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         if everything or "first-packet" in chosen:
             first_packet.measure(sizes, results, quick=arguments.quick)
         if everything or "connections" in chosen:
-            rounds, seconds = (2, 0.5) if arguments.quick else (5, 1.0)
+            rounds, seconds = (3, 0.1) if arguments.quick else (100, 0.1)
             connections.measure(sizes[0], results, rounds=rounds, seconds=seconds)
         if everything or "conntrack" in chosen:
             conntrack.measure(

@@ -1,18 +1,27 @@
 """Connections a second, and the throughput of one, through a Service and without.
 
 A client in one network namespace opens TCP connections one after the other to a server in another,
-which closes each. Three worlds in turn: to a pod on a node without rules; through a Service of a
-node that the agent programs; through rules as kube-proxy makes them. What differs between the
-worlds is only the node's tables.
+which closes each. Three worlds: to a pod on a node without rules; through a Service of a node that
+the agent programs; through rules as kube-proxy makes them. What differs between the worlds is only
+the node's tables.
+
+A machine that has other work, or a host that takes the processor away, changes all of them by more
+than what is asked. So the rounds are many and short, in random order, client and servers share one
+processor (to wake another one takes longer than all the rest), and what is compared is the ratio within each round: its median, with
+the interval that has it with 95 % (by order statistics, which assumes no distribution).
 """
 
 from __future__ import annotations
 
+import math
+import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from bench.like_kube_proxy import ruleset
@@ -23,7 +32,9 @@ from bench.results import Results, metric, say, yardstick
 from bench.server import Prepared
 from lab.world import World
 
+NO_RULES = "no rules"
 _PODS = 10
+_PROCESSOR = {min(os.sched_getaffinity(0))}
 _MOST_IMITATED = 5000
 _PIECE = bytes(1 << 16)
 # reads one byte, and all the rest if it is an s; then it closes
@@ -44,24 +55,49 @@ Where = tuple[World, tuple[str, int]]
 
 
 def measure(size: Size, results: Results, *, rounds: int, seconds: float) -> None:
-    """Adds `connections`: a second, and Gbit/s of an established one, by kind of rules."""
+    """Adds `connections`: a second, and Gbit/s of an established one, by kind of rules; and their
+    ratios to those without rules in the same round."""
     before = yardstick()
     with ExitStack() as stack:
-        ways = {"no rules": _plain(stack), "sliceproxy": _agent(stack, size)}
+        ways = {NO_RULES: _plain(stack), "sliceproxy": _agent(stack, size)}
         if nft := shutil.which("nft"):
             ways["rules like kube-proxy's"] = _imitation(stack, size, nft)
-        opened: dict[str, list[float]] = {name: [] for name in ways}
-        sent: dict[str, list[float]] = {name: [] for name in ways}
+        kinds = {"opened": _open, "sent": _send}
+        found: dict[str, dict[str, list[float]]] = {
+            kind: {name: [] for name in ways} for kind in kinds
+        }
+        order = random.Random(1)
         for number in range(rounds + 1):  # the first one finds neighbours
-            for name, (world, where) in ways.items():
-                rate = world.run("client", _open, where, seconds)
-                flow = world.run("client", _send, where, seconds)
-                if number:
-                    opened[name].append(rate)
-                    sent[name].append(flow)
-    metrics = {f"opened: {name}": metric(values, "a second") for name, values in opened.items()}
-    metrics |= {f"sent: {name}": metric(values, "Gbit/s") for name, values in sent.items()}
-    results.add("connections", str(size), metrics, [before, yardstick()])
+            for kind, function in kinds.items():
+                for name in order.sample([*ways], len(ways)):
+                    world, where = ways[name]
+                    value = world.run("client", _pinned, function, where, seconds)
+                    if number:
+                        found[kind][name].append(value)
+    metrics = {}
+    for kind, unit in (("opened", "a second"), ("sent", "Gbit/s")):
+        for name, values in found[kind].items():
+            metrics[f"{kind}: {name}"] = metric(values, unit)
+            if name != NO_RULES:
+                ratios = [v / n for v, n in zip(values, found[kind][NO_RULES], strict=True)]
+                ratio = metric(ratios, "of that without rules")
+                metrics[f"ratio of {kind}: {name}"] = ratio | {"interval": interval(ratios)}
+    results.add("connections", str(size), metrics, [before, yardstick()], seconds=seconds)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Between which of the values the median of what they are drawn from is with 95 %."""
+    ordered, count = sorted(values), len(values)
+    low = max(0, int(count / 2 - 0.98 * math.sqrt(count)))
+    return ordered[low], ordered[count - 1 - low]
+
+
+def _pinned(
+    function: Callable[[tuple[str, int], float], float], where: tuple[str, int], seconds: float
+) -> float:
+    """The function's value, in a thread that stays on the one processor."""
+    os.sched_setaffinity(0, _PROCESSOR)
+    return function(where, seconds)
 
 
 def _world(stack: ExitStack) -> World:
@@ -71,6 +107,7 @@ def _world(stack: ExitStack) -> World:
             f"pod-{number}", [sys.executable, "-c", _SERVER], stdout=subprocess.PIPE
         )
         stack.callback(server.kill)
+        os.sched_setaffinity(server.pid, _PROCESSOR)
         assert server.stdout
         server.stdout.readline()
     return world

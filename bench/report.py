@@ -414,19 +414,25 @@ def _before(runs: Runs, directory: Path) -> Iterable[str]:
 
 def _connections(runs: Runs) -> Iterable[str]:
     for size, run in runs.get("connections", {}).items():
+        metrics = run["metrics"]
         yield "## Connections"
         yield ""
         yield f"One client opens TCP connections one after the other; {TITLES.get(size, size)}; the"
-        yield "worlds in turns, medians and quartiles. Without rules nothing is tracked, either."
+        yield f"worlds in random order, {metrics['opened: sliceproxy']['repeats']} rounds of"
+        yield f"{run['notes']['seconds']} s, client and servers on one processor. Medians; in parentheses"
+        yield "the share of that without rules in the same round, with the interval that has the"
+        yield "median with 95 %. Without rules nothing is tracked, either."
         yield ""
         yield "| node's tables | opened a second | one connection, Gbit/s |"
         yield "|---|---|---|"
-        metrics = run["metrics"]
         for name in (n.removeprefix("opened: ") for n in metrics if n.startswith("opened")):
             cells = []
-            for of in (metrics[f"opened: {name}"], metrics[f"sent: {name}"]):
-                low, high = of["quartiles"]
-                cells.append(f"{_short(of['median'])} ({_short(low)} to {_short(high)})")
+            for kind in ("opened", "sent"):
+                cell = _short(metrics[f"{kind}: {name}"]["median"])
+                if ratio := metrics.get(f"ratio of {kind}: {name}"):
+                    low, high = ratio["interval"]
+                    cell += f" ({ratio['median']:.3f}; {low:.3f} to {high:.3f})"
+                cells.append(cell)
             yield f"| {name} | {' | '.join(cells)} |"
         yield ""
 
