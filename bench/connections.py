@@ -7,8 +7,9 @@ the node's tables.
 
 A machine that has other work, or a host that takes the processor away, changes all of them by more
 than what is asked. So the rounds are many and short, in random order, client and servers share one
-processor (to wake another one takes longer than all the rest), and what is compared is the ratio within each round: its median, with
-the interval that has it with 95 % (by order statistics, which assumes no distribution).
+processor (to wake another one takes longer than all the rest), and what is compared is the ratio
+within each round: its median, with the interval that has it with 95 % (by order statistics, which
+assumes no distribution).
 """
 
 from __future__ import annotations
