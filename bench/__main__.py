@@ -75,6 +75,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("files", nargs="*", type=Path, help="for compare: two results")
     parser.add_argument("--size", help=f"Services x endpoints, comma separated [{SIZES}]")
     parser.add_argument("--quick", action="store_true", help="one small size, few repeats")
+    parser.add_argument(
+        "--earlier", type=Path, help="for first-packet: a checkout to compare with, too"
+    )
     parser.add_argument("--output", type=Path, help=f"where the JSON files go [{OUTPUT}]")
     parser.add_argument(
         "--lists", choices=("streamed", "pages"), default="streamed", help="how lists are sent"
@@ -118,7 +121,7 @@ def _measure(arguments: argparse.Namespace) -> int:
         if everything or "api" in chosen:
             api.measure(sizes, results, quick=arguments.quick)
         if everything or "first-packet" in chosen:
-            first_packet.measure(sizes, results, quick=arguments.quick)
+            first_packet.measure(sizes, results, quick=arguments.quick, earlier=arguments.earlier)
         if everything or "connections" in chosen:
             rounds, seconds = (3, 0.1) if arguments.quick else (100, 0.1)
             connections.measure(sizes[0], results, rounds=rounds, seconds=seconds)

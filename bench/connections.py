@@ -33,7 +33,7 @@ from bench.results import Results, metric, say, yardstick
 from bench.server import Prepared
 from lab.world import World
 
-NO_RULES = "no rules"
+NO_RULES, OTHERS = "no rules", "rules like kube-proxy's"
 _PODS = 10
 _PROCESSOR = {min(os.sched_getaffinity(0))}
 _MOST_IMITATED = 5000
@@ -56,13 +56,13 @@ Where = tuple[World, tuple[str, int]]
 
 
 def measure(size: Size, results: Results, *, rounds: int, seconds: float) -> None:
-    """Adds `connections`: a second, and Gbit/s of an established one, by kind of rules; and their
-    ratios to those without rules in the same round."""
+    """Adds `connections`: a second, and Gbit/s of an established one, by kind of rules; and the
+    ratios of those in the same round."""
     before = yardstick()
     with ExitStack() as stack:
         ways = {NO_RULES: _plain(stack), "sliceproxy": _agent(stack, size)}
         if nft := shutil.which("nft"):
-            ways["rules like kube-proxy's"] = _imitation(stack, size, nft)
+            ways[OTHERS] = _imitation(stack, size, nft)
         kinds = {"opened": _open, "sent": _send}
         found: dict[str, dict[str, list[float]]] = {
             kind: {name: [] for name in ways} for kind in kinds
@@ -79,10 +79,13 @@ def measure(size: Size, results: Results, *, rounds: int, seconds: float) -> Non
     for kind, unit in (("opened", "a second"), ("sent", "Gbit/s")):
         for name, values in found[kind].items():
             metrics[f"{kind}: {name}"] = metric(values, unit)
-            if name != NO_RULES:
-                ratios = [v / n for v, n in zip(values, found[kind][NO_RULES], strict=True)]
-                ratio = metric(ratios, "of that without rules")
-                metrics[f"ratio of {kind}: {name}"] = ratio | {"interval": interval(ratios)}
+            for other, others in found[kind].items():
+                if name in (NO_RULES, other) or (other, name) == ("sliceproxy", OTHERS):
+                    continue
+                ratios = [v / o for v, o in zip(values, others, strict=True)]
+                metrics[f"{kind}: {name} / {other}"] = metric(ratios, "times") | {
+                    "interval": interval(ratios)
+                }
     results.add("connections", str(size), metrics, [before, yardstick()], seconds=seconds)
 
 

@@ -12,7 +12,7 @@ The ways are measured in turn, each time from a socket, and so a flow, that was 
   costs that translates with NAT;
 - *direct*: to a pod past our tables, which look in vain;
 - through cluster IPs of Services with 1 and 10 endpoints;
-- the same in an agent that does not count;
+- the same in an agent that does not count, and in one of another commit (`--earlier`);
 - in another cluster, where some Services have session affinity: through one that has none, and
   through those with 10 and 1,000 endpoints;
 - through rules as kube-proxy makes them (`bench.like_kube_proxy`), if there is an `nft`.
@@ -28,6 +28,7 @@ import subprocess
 import time
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from agent.kernel.tables import Kernel
@@ -41,7 +42,7 @@ from bench.objects import (
     endpoint_slice,
     service,
 )
-from bench.process import HOST
+from bench.process import HOST, ROOT
 from bench.results import Results, metric, say, yardstick
 from bench.server import Prepared
 from lab.world import World
@@ -54,6 +55,7 @@ _RCVBUFFORCE = 33
 _PLAIN = {"1 endpoint": (1, False), "10 endpoints": (10, False)}
 """Endpoints and session affinity of the Services that are asked, by name."""
 _UNCOUNTED = {"10 endpoints, without counters": (10, False)}
+_EARLIER = {"10 endpoints, earlier commit": (10, False)}
 _BESIDE_STICKY = {
     "10 endpoints, others sticky": (10, False),
     "sticky, 10 endpoints": (10, True),
@@ -64,9 +66,12 @@ _BATCH = 250
 """Sockets that are open at once."""
 
 
-def measure(sizes: list[Size], results: Results, *, quick: bool) -> None:
+def measure(
+    sizes: list[Size], results: Results, *, quick: bool, earlier: Path | None = None
+) -> None:
+    """`earlier` is a checkout of another commit, whose agent programs one more world."""
     for size in sizes:
-        _measure(size, results, 8 if quick else 80)
+        _measure(size, results, 8 if quick else 80, earlier)
 
 
 def _extra(
@@ -109,13 +114,16 @@ class _Ways:
         """A way past all Services."""
         self.to[name] = world, (world.hosts["pod-1"].ipv4, _FIRST_PORT)
 
-    def through_agent(self, size: Size, asked: dict[str, tuple[int, bool]], *flags: str) -> World:
-        """Ways through Services of a cluster of this size, and these, which an agent programs."""
+    def through_agent(
+        self, size: Size, asked: dict[str, tuple[int, bool]], *flags: str, tree: Path = ROOT
+    ) -> World:
+        """Ways through Services of a cluster of this size, and these, which the tree's agent
+        programs."""
         world = self.world(_PODS, PER_SLICE)
         extra, addresses = _extra(size, world, asked)
         made = Setting(world, Cluster(size, extra), Prepared(Cluster(size, extra)))
         self._stack.enter_context(made.server)
-        self._stack.enter_context(made.start(*flags)).wait("programmed", seconds=600)
+        self._stack.enter_context(made.start(*flags, tree=tree)).wait("programmed", seconds=600)
         self.to.update({name: (world, (address, 80)) for name, address in addresses.items()})
         return world
 
@@ -132,7 +140,7 @@ class _Ways:
         self.to[name] = world, (address, 80)
 
 
-def _measure(size: Size, results: Results, batches: int) -> None:
+def _measure(size: Size, results: Results, batches: int, earlier: Path | None) -> None:
     before = yardstick()
     with ExitStack() as stack:
         ways = _Ways(stack)
@@ -143,6 +151,8 @@ def _measure(size: Size, results: Results, batches: int) -> None:
         ways.to_pod("direct", ways.through_agent(size, _PLAIN))
         ways.through_agent(size, _UNCOUNTED, "--no-counters")
         ways.through_agent(size, _BESIDE_STICKY)
+        if earlier:
+            ways.through_agent(size, _EARLIER, tree=earlier)
         ways.through_imitation("rules like kube-proxy's, 10 endpoints", size.services)
         for world, where in ways.to.values():  # neighbours are found, code is warm
             world.run("client", _send, where, 50)

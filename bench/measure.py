@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.objects import PER_SLICE, PORT, Cluster, Size, generation
 from bench.process import (
     HOST,
+    ROOT,
     Listener,
     MeasureError,
     Process,
@@ -60,9 +62,9 @@ class Setting:
         self.cluster = cluster
         self.server = Server(prepared, lambda: _tcp(world))
 
-    def start(self, *flags: str) -> Process:
+    def start(self, *flags: str, tree: Path = ROOT) -> Process:
         self.server.forget()
-        return Process(self.world, agent_command(self.server.url, *flags))
+        return Process(self.world, agent_command(self.server.url, *flags), tree)
 
 
 def _tcp(world: World) -> socket.socket:

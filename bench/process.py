@@ -42,9 +42,9 @@ def memory_mib(pid: int) -> dict[str, float]:
 
 
 class Process:
-    """The agent. `command` decides which program; sliceproxy's log lines are JSON."""
+    """The agent of a checkout. `command` decides which program; sliceproxy's log lines are JSON."""
 
-    def __init__(self, world: World, command: list[str]) -> None:
+    def __init__(self, world: World, command: list[str], tree: Path = ROOT) -> None:
         self.lines: list[tuple[float, dict[str, Any]]] = []
         self._news = threading.Condition()
         environment = {k: v for k, v in os.environ.items() if k != "KUBECONFIG"}
@@ -56,7 +56,7 @@ class Process:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
+            cwd=tree,
             env={**environment, "HOME": "/nonexistent"},
         )
         self.pid = self.process.pid
