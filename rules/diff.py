@@ -22,7 +22,7 @@ import msgspec
 
 from rules.language import Set
 from rules.program import Claim, SetElement, Wanted
-from rules.slots import LADDER, Slots, assign, fitting, packed_slot
+from rules.slots import HASH_WIDTHS, LADDER, Slots, assign, fitting, packed_slot
 from rules.stale_flows import Serving, is_udp, must_look
 from rules.tables import PLAIN, SETS, balancer, width_of
 from rules.target import Target
@@ -153,6 +153,11 @@ class Shared:
             known = self._slots[key] = before, wanted, assign(before, wanted)
         return known[2]
 
+    def put(self, wanted: Sequence[Target], before: Slots, width: int) -> tuple[Slots, int]:
+        """A list in its slots, and its width."""
+        slots = self.assign(before, wanted)
+        return slots, fitting(len(slots), width)
+
     def moves(self, old: Slots, new: Slots) -> tuple[Move, ...]:
         """The slots that change between two lists that are not empty, in their order."""
         if old is new:
@@ -178,15 +183,20 @@ def _moves(old: Slots, new: Slots) -> Iterator[Move]:
 def install(wanted: Wanted, before: Lists = _EMPTY, shared: Shared | None = None) -> Installed:
     """Gives every endpoint a slot and each list its width, keeping what it can of `before`."""
     shared = shared or Shared()
-    slots = shared.assign(before.slots, wanted.endpoints)
-    inside = shared.assign(before.inside, wanted.inside) if wanted.inside is not None else ()
-    return Installed(
-        wanted,
-        slots,
-        fitting(len(slots), before.width),
-        inside,
-        fitting(len(inside), before.inside_width) if wanted.inside is not None else 0,
+    put = _put_table if wanted.hashed else shared.put
+    slots, width = put(wanted.endpoints, before.slots, before.width)
+    inside, inside_width = (
+        put(wanted.inside, before.inside, before.inside_width)
+        if wanted.inside is not None
+        else ((), 0)
     )
+    return Installed(wanted, slots, width, inside, inside_width)
+
+
+def _put_table(table: Sequence[Target], before: Slots, width: int) -> tuple[Slots, int]:
+    """A table in its slots, and its width; an empty one keeps the width."""
+    slots = before if before == table else tuple(table)
+    return slots, len(slots) or (width if width in HASH_WIDTHS else HASH_WIDTHS[0])
 
 
 def lists_of(installed: Installed | None) -> Lists:
@@ -217,7 +227,7 @@ def advance(
     shared = shared or Shared()
     _advance_verdicts(claim, before, after, change)
     old, new = lists_of(before), lists_of(after)
-    lost = False
+    sticky, lost = before is not None and before.wanted.sticky, False
     for inside, had_slots, has_slots in (
         (False, old.slots, new.slots),
         (True, old.inside, new.inside),
@@ -226,7 +236,7 @@ def advance(
         if had_slots and has_slots:
             moves = shared.moves(had_slots, has_slots)
             _move(owner, claim.key, moves, change)
-            lost = lost or _loses(moves)
+            lost = lost or (sticky and _loses(moves, has_slots))
         else:
             lost = lost or bool(had_slots)
             for index, target in enumerate(had_slots):
@@ -240,7 +250,7 @@ def advance(
     for element in wants - had:
         change.add(*element)
     # sticky clients must not be sent where a list no longer leads
-    if before and before.wanted.sticky and (lost or not after or not after.wanted.sticky):
+    if sticky and (lost or not after or not after.wanted.sticky):
         change.stale_affinity.add(claim.verdicts.family)
     note_served(claim, before, after, change)
 
@@ -269,6 +279,7 @@ def _verdicts(claim: Claim, installed: Installed) -> Iterator[SetElement]:
             node_port=node_port,
             inside=False,
             sticky=wanted.sticky,
+            hashed=wanted.hashed,
         ),
     )
     if wanted.inside is not None:
@@ -282,6 +293,7 @@ def _verdicts(claim: Claim, installed: Installed) -> Iterator[SetElement]:
                 node_port=node_port,
                 inside=True,
                 sticky=wanted.sticky,
+                hashed=wanted.hashed,
             ),
         )
 
@@ -320,9 +332,10 @@ def _move(owner: Set, key: Key, moves: tuple[Move, ...], change: Change) -> None
             change.add(owner, slot, new)
 
 
-def _loses(moves: tuple[Move, ...]) -> bool:
+def _loses(moves: tuple[Move, ...], slots: Slots) -> bool:
     """Whether an endpoint is in no slot any more."""
-    return bool({m.before for m in moves} - {m.after for m in moves} - {None})
+    left = {m.before for m in moves} - {m.after for m in moves} - {None}
+    return bool(left) and not left.issubset(slots)
 
 
 # --- everything against everything --------------------------------------------------------------
@@ -386,12 +399,9 @@ def _slots_by_key(have: Mapping[Key, Value]) -> dict[Key, dict[int, Value]]:
 
 
 def _dense(slots: Mapping[int, Value] | None) -> Slots:
-    found: dict[Target, None] = {}
-    while slots:
-        target = slots.get(len(found))
-        if not isinstance(target, bytes) or target in found:
-            break
-        found[target] = None
+    found: list[Target] = []
+    while slots and isinstance(target := slots.get(len(found)), bytes):
+        found.append(target)
     return tuple(found)
 
 

@@ -23,6 +23,8 @@ from rules.objects import (
     READY,
     SERVING,
     TERMINATING,
+    Algorithm,
+    Balancing,
     Endpoint,
     EndpointSlice,
     Name,
@@ -34,6 +36,8 @@ from rules.program import MAX_FRONTENDS, PortLists, port_lists
 from rules.selection import NodeLocation, Selection, reason
 from rules.state import State
 from rules.target import Target, target_of
+
+DRAINED = "drained: its weight is 0"
 
 
 class QuestionError(ValueError):
@@ -50,7 +54,8 @@ class Use(msgspec.Struct, frozen=True):
 class Row(msgspec.Struct, frozen=True):
     """One endpoint as one slice has it.
 
-    `counts` is false where another slice holds the same address in the better condition.
+    `counts` is false where another slice holds the same address in the better condition. `weight`
+    is None where weights have no effect (`EndpointTable.algorithm` is "random").
     `cluster` and `local` are the traffic policies; None where the Service does not use one.
     """
 
@@ -68,6 +73,7 @@ class Row(msgspec.Struct, frozen=True):
     counts: bool
     cluster: Use | None
     local: Use | None
+    weight: int | None = None
 
 
 class PortTable(msgspec.Struct, frozen=True):
@@ -82,13 +88,15 @@ class PortTable(msgspec.Struct, frozen=True):
 
 
 class EndpointTable(msgspec.Struct, frozen=True):
-    """A Service's endpoints as seen from a node. `zone` is "" where the node has none."""
+    """A Service's endpoints as seen from a node. `zone` is "" where the node has none. `algorithm`
+    is "random", "source-hash" or "weighted"."""
 
     service: str
     node: str
     zone: str
     ports: tuple[PortTable, ...]
     notes: tuple[str, ...] = ()
+    algorithm: str = Algorithm.RANDOM.value
 
 
 def port_text(port: ServicePort) -> str:
@@ -116,6 +124,7 @@ def endpoints(state: State, name_text: str) -> EndpointTable:
         around.place.zone,
         tuple(_port_tables(service, ports, slices, around.place, external_ips=around.external_ips)),
         tuple(_notes(state, service)),
+        service.balancing.algorithm.value,
     )
 
 
@@ -192,16 +201,19 @@ def _port_tables(
     for port in ports:
         for family in (4, 6):
             if using := of_port.get((port, family)):
-                yield _port_table(using, slices, place)
+                yield _port_table(using, slices, place, service.balancing)
 
 
 def _port_table(
-    using: list[Frontend], slices: list[EndpointSlice], place: NodeLocation
+    using: list[Frontend],
+    slices: list[EndpointSlice],
+    place: NodeLocation,
+    balancing: Balancing,
 ) -> PortTable:
     """The table of one port in one family, whose frontends are `using`."""
     frontend = using[0]
     port, family = frontend.service_port, frontend.family
-    lists = port_lists(frontend, slices, place)
+    lists = port_lists(frontend, slices, place, balancing)
     # external addresses under policy Local serve clients inside the node from the cluster list
     uses_cluster = any(not f.local or f.external for f in using)
     policies = (
@@ -279,6 +291,8 @@ def _row(
             return None
         if not counts:
             return Use(False, "the copy in another slice counts")
+        if lists.weights and not lists.weights[target]:
+            return Use(False, DRAINED)
         return policy.use(endpoint, target, place)
 
     cluster, local = map(use, policies)
@@ -297,4 +311,5 @@ def _row(
         counts,
         cluster,
         local,
+        lists.weights[target] if lists.weights and counts else None,
     )

@@ -61,7 +61,8 @@ class EndpointList(msgspec.Struct, frozen=True):
 class Answering(msgspec.Struct, frozen=True):
     """The Service port that has the address, and how it answers there.
 
-    `inside` is the list for clients inside this node where it is another one.
+    `inside` is the list for clients inside this node where it is another one. `algorithm` is
+    "random", "source-hash" or "weighted"; `drained` counts endpoints of weight 0.
     `affinity_seconds` is 0 without session affinity. `source_ranges` are those that guard this
     very address. `lost_by` are Services that claim the address too (`rules.claims`).
     """
@@ -75,6 +76,8 @@ class Answering(msgspec.Struct, frozen=True):
     affinity_seconds: int
     source_ranges: tuple[str, ...]
     lost_by: tuple[str, ...]
+    algorithm: str
+    drained: int
 
 
 class Lookup(msgspec.Struct, frozen=True):
@@ -95,7 +98,8 @@ class RuleStep(msgspec.Struct, frozen=True):
 
 
 class Reached(msgspec.Struct, frozen=True):
-    """An endpoint that the connection may go to. `slot` is None unless it is drawn.
+    """An endpoint that the connection may go to. `slot` is the first one that leads there, None if
+    the client is remembered; `slots` counts them, so it is the endpoint's weight in a draw.
 
     `sees_node` is why the endpoint sees an address of the node instead of the client's: "mark",
     "hairpin", or "no".
@@ -104,6 +108,7 @@ class Reached(msgspec.Struct, frozen=True):
     endpoint: str
     slot: int | None
     sees_node: str
+    slots: int = 0
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -227,7 +232,7 @@ def _answering(state: State, claim: Claim) -> Answering | None:
     service = state.services[holder]
     frontend = state.programs[holder].wanted[claim].frontend
     place = state.surroundings().place
-    lists = port_lists(frontend, state.slices_of(holder), place)
+    lists = port_lists(frontend, state.slices_of(holder), place, service.balancing)
     both = frontend.external and frontend.local
     field = "externalTrafficPolicy" if frontend.external else "internalTrafficPolicy"
     return Answering(
@@ -240,6 +245,8 @@ def _answering(state: State, claim: Claim) -> Answering | None:
         service.affinity_seconds,
         tuple(map(str, _guarding(service, frontend))),
         tuple(str(name) for name in state.claims.claimants(claim) if name != holder),
+        service.balancing.algorithm.value,
+        sum(not weight for weight in lists.weights.values()),
     )
 
 
@@ -370,6 +377,7 @@ class _Asker(NamedTuple):
     who: str
     address: Address
     interface: str = ""
+    given: bool = False
 
 
 def _one(
@@ -386,14 +394,14 @@ def _one(
             f"{text} cannot ask {destination_text(target)}: one is IPv4 and the other IPv6"
         )
     if address in state.local.own():
-        return _Asker(NODE, address)
+        return _Asker(NODE, address, given=True)
     by_interface = state.local.pods(target.family)
     if interface and isinstance(by_interface, PodInterface):
         name = interface(address)
-        return _Asker(POD if by_interface.matches(name) else OUTSIDE, address, name)
+        return _Asker(POD if by_interface.matches(name) else OUTSIDE, address, name, given=True)
     if _is_in_pod_networks(address, target.family, elements) or address in _local_endpoints(state):
-        return _Asker(POD, address, state.options.interface)
-    return _Asker(OUTSIDE, address)
+        return _Asker(POD, address, state.options.interface, given=True)
+    return _Asker(OUTSIDE, address, given=True)
 
 
 def _is_in_pod_networks(address: Address, family: int, elements: Elements) -> bool:
@@ -493,6 +501,7 @@ def _asked(state: State, target: Destination, asker: _Asker, elements: Elements)
         asker.interface,
         asker.who == NODE,
         own,
+        any_client=not asker.given,
     )
     table = next(t for t in state.tables() if t.family == target.family)
     try:
@@ -517,7 +526,7 @@ def _outcome(asker: _Asker, followed: Trace) -> Asked:
 
 
 def _reached(branch: Branch) -> Reached:
-    return Reached(target_text(branch.target), branch.slot, branch.masquerade.value)
+    return Reached(target_text(branch.target), branch.slot, branch.masquerade.value, branch.slots)
 
 
 def _rule_step(step: Step) -> RuleStep:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rules.frontends import FAMILY_OF_LENGTH
 from rules.objects import READY, EndpointSlice, Service
+from rules.weights import weigher
 
 
 class HealthCheck(NamedTuple):
@@ -34,15 +35,19 @@ def health_check(
 ) -> HealthCheck | None:
     """What a Service's health check port has to answer; None if it has none.
 
-    An endpoint is an address, however many ports it has.
+    An endpoint is an address, however many ports it has. Drained ones do not count: a load balancer
+    must not send here what would be dropped.
     """
     if not (service.proxied and service.external_local and service.health_check_node_port):
         return None
+    weight = weigher(service.balancing)
     here: dict[int, set[bytes]] = {4: set(), 6: set()}
     for piece in slices:
         if piece.ports and piece.family in here:
             here[piece.family].update(
-                e.address for e in piece.endpoints if e.node == node and e.conditions & READY
+                e.address
+                for e in piece.endpoints
+                if e.node == node and e.conditions & READY and weight(e)
             )
     families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
     ipv4, ipv6 = (len(here[family]) if family in families else None for family in (4, 6))

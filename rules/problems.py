@@ -24,6 +24,8 @@ ADDRESS_CONFLICT = "address_conflict"
 API_SERVER_ADDRESS = "api_server_address"
 TOO_MANY_ELEMENTS = "too_many_elements"
 TOO_MANY_ENDPOINTS = "too_many_endpoints"
+ALL_DRAINED = "all_drained"
+WEIGHTS_ROUNDED = "weights_rounded"
 NODE_UNKNOWN = "node_unknown"
 POD_CIDRS_MISSING = "pod_cidrs_missing"
 ENDPOINTS_OUTSIDE_POD_CIDRS = "endpoints_outside_pod_cidrs"
@@ -34,6 +36,8 @@ CODES = (
     API_SERVER_ADDRESS,
     TOO_MANY_ELEMENTS,
     TOO_MANY_ENDPOINTS,
+    ALL_DRAINED,
+    WEIGHTS_ROUNDED,
     NODE_UNKNOWN,
     POD_CIDRS_MISSING,
     ENDPOINTS_OUTSIDE_POD_CIDRS,

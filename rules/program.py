@@ -17,8 +17,26 @@ import msgspec
 
 from rules.frontends import FAMILY_OF_LENGTH, Frontend, Kind, frontend_count, frontends
 from rules.language import Set
-from rules.objects import TCP, UDP, Address, Endpoint, EndpointSlice, Service
-from rules.problems import API_SERVER_ADDRESS, TOO_MANY_ELEMENTS, TOO_MANY_ENDPOINTS, listed
+from rules.objects import (
+    PROTOCOL_NAMES,
+    RANDOM_CHOICE,
+    TCP,
+    UDP,
+    Address,
+    Algorithm,
+    Balancing,
+    Endpoint,
+    EndpointSlice,
+    Service,
+)
+from rules.problems import (
+    ALL_DRAINED,
+    API_SERVER_ADDRESS,
+    TOO_MANY_ELEMENTS,
+    TOO_MANY_ENDPOINTS,
+    WEIGHTS_ROUNDED,
+    listed,
+)
 from rules.selection import (
     NodeLocation,
     Selection,
@@ -27,10 +45,12 @@ from rules.selection import (
     local_list,
     serving,
 )
+from rules.shares import most_slots, needed, slots_for
 from rules.slots import MAX_ENDPOINTS
 from rules.tables import CLUSTER, MASQUERADE, PLAIN, SETS, remember
 from rules.target import Target, address_of
 from rules.text import Key, Value
+from rules.weights import weigher
 
 _T = TypeVar("_T")
 
@@ -76,9 +96,10 @@ class Wanted(msgspec.Struct, frozen=True):
     """What one frontend wants.
 
     `endpoints` get slots under the claim's key, `inside` likewise in a map of their own, if it is
-    not None. `style` and `sticky` pick the chain together with the width, which is found when the
-    slots are. `elements` are all others. `serving` are the targets to which earlier flows may lead
-    (`rules.stale_flows`); it is empty unless the protocol is UDP.
+    not None; a weighted endpoint is there several times. `hashed` lists are tables, in which the
+    position is meant (`rules.shares`). `style` and `sticky` pick the chain together with the width,
+    which is found when the slots are. `elements` are all others. `serving` are the targets to which
+    earlier flows may lead (`rules.stale_flows`); it is empty unless the protocol is UDP.
     """
 
     frontend: Frontend
@@ -88,6 +109,7 @@ class Wanted(msgspec.Struct, frozen=True):
     inside: tuple[Target, ...] | None
     elements: frozenset[SetElement]
     serving: frozenset[Target] = _NONE
+    hashed: bool = False
 
     @property
     def size(self) -> int:
@@ -101,7 +123,8 @@ class Program(msgspec.Struct, frozen=True):
     `problems` are codes and texts of `rules.problems`.
 
     It needs rules that exist only while a Service does: `affinity` holds (family, seconds) of its
-    session affinity, `guarded` the families in which loadBalancerSourceRanges guard an address.
+    session affinity, `guarded` the families in which loadBalancerSourceRanges guard an address,
+    `hashed` those of a Service that asks for source-hash.
     """
 
     wanted: dict[Claim, Wanted]
@@ -110,6 +133,7 @@ class Program(msgspec.Struct, frozen=True):
     guarded: frozenset[int] = _NONE
     created: str = ""
     problems: tuple[tuple[str, str], ...] = ()
+    hashed: frozenset[int] = _NONE
 
 
 NOTHING = Program({}, ())
@@ -118,13 +142,15 @@ NOTHING = Program({}, ())
 class PortLists(NamedTuple):
     """The endpoints of one Service port in one family, and what this node uses of them.
 
-    `serving` is empty unless the protocol is UDP.
+    `serving` is empty unless the protocol is UDP; `weights` is empty under RANDOM. The lists are
+    without the endpoints of weight 0.
     """
 
     found: dict[Target, Endpoint]
     cluster: Selection
     local: Selection
     serving: frozenset[Target] = _NONE
+    weights: Mapping[Target, int] = {}
 
     @property
     def most(self) -> int:
@@ -133,16 +159,26 @@ class PortLists(NamedTuple):
 
 
 def port_lists(
-    frontend: Frontend, slices: Iterable[EndpointSlice], place: NodeLocation
+    frontend: Frontend,
+    slices: Iterable[EndpointSlice],
+    place: NodeLocation,
+    balancing: Balancing = RANDOM_CHOICE,
 ) -> PortLists:
     """Both lists of the Service port that the frontend belongs to."""
     port = frontend.service_port
-    found = candidates(slices, frontend.family, port.name, port.protocol)
+    found = usable = candidates(slices, frontend.family, port.name, port.protocol)
+    weights: Mapping[Target, int] = {}
+    if balancing.algorithm is not Algorithm.RANDOM:
+        weight = weigher(balancing)
+        weights = {target: weight(endpoint) for target, endpoint in found.items()}
+        # before hints are looked at: clients in a drained zone go to other zones
+        usable = {target: endpoint for target, endpoint in found.items() if weights[target]}
     return PortLists(
         found,
-        cluster_list(found, place),
-        local_list(found, place),
+        cluster_list(usable, place),
+        local_list(usable, place),
         serving(found) if port.protocol == UDP else _NONE,
+        weights,
     )
 
 
@@ -169,7 +205,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
         port = frontend.service_port
         lists_key = (frontend.family, port.name, port.protocol)
         if lists_key not in lists:
-            lists[lists_key] = port_lists(frontend, slices, around.place)
+            lists[lists_key] = port_lists(frontend, slices, around.place, service.balancing)
         item = _wanted(service, frontend, lists[lists_key], around)
         size += item.size
         excess = size > MAX_ELEMENTS or len(wanted) == MAX_FRONTENDS
@@ -188,6 +224,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
     if refused or excess or any(lists_.most > MAX_ENDPOINTS for lists_ in lists.values()):
         left_out = _excess(service, around, len(wanted), excess=excess)
         problems = (*_refusals(refused), *left_out, *_cuts(lists))
+    problems += _weight_problems(service, lists, around.place)
     return Program(
         wanted,
         tuple(shared),
@@ -195,6 +232,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
         _frozen(guarded),
         service.created,
         problems,
+        _hashed(service, wanted),
     )
 
 
@@ -241,6 +279,62 @@ def _cuts(lists: Mapping[tuple[int, str, int], PortLists]) -> Iterator[tuple[str
         )
 
 
+def _hashed(service: Service, wanted: Iterable[Claim]) -> frozenset[int]:
+    """The families that need the chains of source-hash."""
+    if service.balancing.algorithm is not Algorithm.SOURCE_HASH:
+        return _NONE
+    return frozenset(claim.verdicts.family for claim in wanted)
+
+
+def _weight_problems(
+    service: Service, lists: Mapping[tuple[int, str, int], PortLists], place: NodeLocation
+) -> tuple[tuple[str, str], ...]:
+    if service.balancing.algorithm is Algorithm.RANDOM:
+        return ()
+    return (*_drained(lists, place), *_rounded(service, lists))
+
+
+def _drained(
+    lists: Mapping[tuple[int, str, int], PortLists], place: NodeLocation
+) -> Iterator[tuple[str, str]]:
+    drained = [
+        _port_text(key)
+        for key, found in lists.items()
+        if not found.cluster.targets and cluster_list(found.found, place).targets
+    ]
+    if drained:
+        yield (
+            ALL_DRAINED,
+            f"new connections are refused, because all endpoints have weight 0: {listed(drained)}; "
+            "raise a weight, or remove the annotations",
+        )
+
+
+def _rounded(
+    service: Service, lists: Mapping[tuple[int, str, int], PortLists]
+) -> Iterator[tuple[str, str]]:
+    if service.balancing.algorithm is not Algorithm.WEIGHTED:
+        return
+    rounded = []
+    for key, found in lists.items():
+        for selection in (found.cluster, found.local):
+            weights = [found.weights[target] for target in selection.targets]
+            if weights and needed(weights) > (most := most_slots(len(weights))):
+                rounded.append(f"{_port_text(key)} ({needed(weights)} slots, at most {most})")
+                break
+    if rounded:
+        yield (
+            WEIGHTS_ROUNDED,
+            f"weights are rounded, each endpoint to at least one slot: {listed(rounded)}; "
+            "use smaller weights",
+        )
+
+
+def _port_text(key: tuple[int, str, int]) -> str:
+    family, name, protocol = key
+    return f"{name or 'unnamed'}/{PROTOCOL_NAMES[protocol]} IPv{family}"
+
+
 def _frozen(items: Collection[_T]) -> frozenset[_T]:
     return frozenset(items) if items else _NONE
 
@@ -262,19 +356,30 @@ def _hairpins(family: int, lists: PortLists, node: str) -> Iterator[SetElement]:
 
 
 def _wanted(service: Service, frontend: Frontend, lists: PortLists, around: Surroundings) -> Wanted:
-    selection = lists.local if frontend.local else lists.cluster
     elements = [*_answer(frontend, lists), *_guard(service, frontend, around)]
     if service.affinity_seconds:
         elements.append(_remembered(service, frontend))
+    algorithm = service.balancing.algorithm
     return Wanted(
         frontend,
         _style(frontend, around),
         bool(service.affinity_seconds),
-        selection.targets,
-        lists.cluster.targets if frontend.external and frontend.local else None,
+        _in_slots(algorithm, lists, lists.local if frontend.local else lists.cluster),
+        _in_slots(algorithm, lists, lists.cluster)
+        if frontend.external and frontend.local
+        else None,
         _frozen(elements),
         lists.serving,
+        algorithm is Algorithm.SOURCE_HASH,
     )
+
+
+def _in_slots(algorithm: Algorithm, lists: PortLists, selection: Selection) -> tuple[Target, ...]:
+    """What slots shall hold. The same object for all frontends of a port (`diff.Shared`)."""
+    targets = selection.targets
+    if algorithm is Algorithm.RANDOM:
+        return targets
+    return slots_for(algorithm, targets, tuple(lists.weights[target] for target in targets))
 
 
 def _style(frontend: Frontend, around: Surroundings) -> str:

@@ -12,7 +12,7 @@ import msgspec
 
 from rules.counts import PacketCounts, claim_counts
 from rules.frontends import Frontend
-from rules.objects import PROTOCOL_NAMES, Name, Service, ServicePort
+from rules.objects import PROTOCOL_NAMES, Algorithm, Name, Service, ServicePort
 from rules.program import Claim, Wanted
 from rules.state import State
 
@@ -54,6 +54,7 @@ class ServiceLine(msgspec.Struct, frozen=True):
     total: int
     state: str
     frontends: tuple[FrontendLine, ...]
+    algorithm: str = Algorithm.RANDOM.value
 
 
 def services(
@@ -80,6 +81,7 @@ def service_lines(
         key = (wanted.frontend.family, port.port, port.protocol, port.name)
         groups.setdefault(key, []).append((claim, wanted))
     totals = _totals(state, name)
+    random = service.balancing.algorithm is Algorithm.RANDOM
     for (family, _, protocol, port_name), members in groups.items():
         lines = tuple(
             _frontend_line(state, name, claim, wanted, counts) for claim, wanted in members
@@ -94,10 +96,11 @@ def service_lines(
             _policy(local=service.internal_local),
             _policy(local=service.external_local),
             service.affinity_seconds,
-            len(first.endpoints),
+            len(first.endpoints) if random else len(set(first.endpoints)),
             totals.get((family, port_name, protocol), 0),
             lines[0].state,
             lines,
+            service.balancing.algorithm.value,
         )
 
 

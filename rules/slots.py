@@ -24,6 +24,7 @@ worst, in a width that the Service has shrunk in and is about to leave, up to 13
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from rules.target import Target
@@ -39,6 +40,9 @@ HASH_DRAWS = 3
 endpoint maps once each, and each reader of a map makes its elements slower to add, so they are
 fewer than DRAWS; at f > 2/3 at most 3.7 % of the clients come to the last one."""
 MAX_ENDPOINTS = LADDER[-1]
+
+HASH_WIDTHS = (1, 1024, 4096, 16384, 65536)
+"""The widths of the tables for source-hash (`rules.shares`), rungs of the ladder too."""
 
 
 _FEWEST = {
@@ -64,7 +68,7 @@ def fitting(count: int, current: int = 0) -> int:
 
 
 Slots = tuple[Target, ...]
-"""The endpoint in each slot, from slot 0, without holes."""
+"""The endpoint in each slot, from slot 0, without holes. A weighted one is in several."""
 
 
 def packed_slot(slot: int) -> bytes:
@@ -75,15 +79,17 @@ def packed_slot(slot: int) -> bytes:
 def assign(before: Slots, wanted: Sequence[Target]) -> Slots:
     """The slots for `wanted`, each endpoint where it was if that is possible.
 
-    `wanted` holds no target twice; those beyond MAX_ENDPOINTS get no slot. Returns `before` itself
-    if nothing changes, so that callers can compare by identity. At most one slot per endpoint that
-    was added or removed changes, and one more per endpoint that must move into a hole.
+    Those beyond MAX_ENDPOINTS get no slot. Returns `before` itself if nothing changes, so that
+    callers can compare by identity. At most one slot per item that was added or removed changes,
+    and one more per item that must move into a hole.
     """
     wanted = wanted[:MAX_ENDPOINTS]
     if not before:
         return tuple(wanted)
     standing = set(before)
     staying = standing.intersection(wanted)
+    if len(standing) < len(before) or len(set(wanted)) < len(wanted):
+        return _assign_repeated(before, wanted)
     coming = [target for target in wanted if target not in standing]
     if not coming and len(staying) == len(before):
         return before
@@ -91,6 +97,26 @@ def assign(before: Slots, wanted: Sequence[Target]) -> Slots:
     slots: list[Target | None] = [
         target if target in staying else coming.pop() if coming else None for target in before
     ]
+    slots.extend(reversed(coming))
+    return _dense(slots)
+
+
+def _assign_repeated(before: Slots, wanted: Sequence[Target]) -> Slots:
+    """`assign` where targets are repeated: each stays in as many of its slots as it may."""
+    missing = Counter(wanted)
+    slots: list[Target | None] = []
+    for target in before:
+        stays = missing[target] > 0
+        missing[target] -= stays
+        slots.append(target if stays else None)
+    coming: list[Target] = []  # the last ones of each, the very last first
+    for target in reversed(wanted):
+        if missing[target] > 0:
+            missing[target] -= 1
+            coming.append(target)
+    if not coming and None not in slots:
+        return before
+    slots = [coming.pop() if target is None and coming else target for target in slots]
     slots.extend(reversed(coming))
     return _dense(slots)
 

@@ -12,10 +12,11 @@ A packet's path through it (`ip sliceproxy`, and the same for `ip6`):
            |
            |   the verdict found in one of these maps names a chain:
            |
-    [sticky-][masq-|cluster-][inside-][nodeport-]lb-WIDTH
-       |        |               |        |        goes through draw-WIDTH, which draws a slot below
-       |        |               |        |        WIDTH and sends the packet to the endpoint in it,
-       |        |               |        |        until a slot is not empty
+    [sticky-][masq-|cluster-][inside-][nodeport-](lb|hash)-WIDTH
+       |        |               |        |        lb: goes through draw-WIDTH, which draws a slot
+       |        |               |        |        below WIDTH and sends the packet to the endpoint
+       |        |               |        |        in it, until a slot is not empty; hash: the slot
+       |        |               |        |        is that of the client's address (pick-WIDTH)
        |        |               |        slots of nodeport-endpoints, not of endpoints
        |        |               slots of inside-endpoints; masquerades what the node itself sends
        |        masq: marks for masquerading; cluster: unless the client is a pod of this node
@@ -56,6 +57,8 @@ Why it is like this:
   of one element that times out. While it is on, a new client gets the slot that a hash of its
   address names, so it stays without being remembered. Placing all clients so would take them to
   the same endpoint again after their timeout, which must end their affinity.
+- Of the algorithms that a Service may ask for, `weighted` needs no rule: an endpoint is in several
+  slots. The chains of `source-hash` exist only while a Service asks for it.
 - Counters are on the elements (of the verdict maps and the sets that refuse or drop), not in rules:
   a look-up that hits counts, so no rule is added, and a count belongs to one address and port.
 - The rules for session affinity exist only while a Service asks for it, also because nft 1.0.6
@@ -66,6 +69,7 @@ Why it is like this:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -99,7 +103,7 @@ from rules.language import (
     rule,
 )
 from rules.objects import SCTP, TCP, UDP
-from rules.slots import DRAWS, HASH_DRAWS, LADDER, MAX_ENDPOINTS, fewest
+from rules.slots import DRAWS, HASH_DRAWS, HASH_WIDTHS, LADDER, MAX_ENDPOINTS, fewest
 
 FAMILIES = (4, 6)
 PROTOCOLS = (TCP, UDP, SCTP)
@@ -110,6 +114,8 @@ AFFINITY_SIZE = 65536  # clients remembered per family; the map is full of them 
 FULL_SECONDS = 3600
 """For so long after a client could not be remembered, new ones are placed by their address."""
 DEFAULT_MARK = 0x4000  # kube-proxy's bit 14
+HASH_SEED = 1
+"""The same on every node, so that a client has one endpoint wherever its packets come in."""
 
 
 class FamilySets:
@@ -240,7 +246,8 @@ class Layout(msgspec.Struct, frozen=True):
 
     `pods` says how a pod of this node is identified: by the pod-cidrs set (True), by an interface,
     or not at all (None). `affinity` holds the timeouts in seconds that Services ask for, ascending;
-    `guarded` says whether one has loadBalancerSourceRanges, `counters` whether packets are counted.
+    `guarded` says whether one has loadBalancerSourceRanges, `hashed` whether one asks for
+    source-hash, `counters` whether packets are counted.
     """
 
     family: int
@@ -249,6 +256,7 @@ class Layout(msgspec.Struct, frozen=True):
     affinity: tuple[int, ...] = ()
     guarded: bool = False
     counters: bool = False
+    hashed: bool = False
 
 
 # bounded: each distinct session affinity timeout makes other tables, of 310 KiB
@@ -468,30 +476,47 @@ PLAIN, MASQUERADE, CLUSTER = "", "masq-", "cluster-"
 INSIDE, NODEPORT, STICKY = "inside-", "nodeport-", "sticky-"
 
 
-def balancer(width: int, *, style: str = PLAIN, node_port: bool, inside: bool, sticky: bool) -> str:
+def balancer(
+    width: int,
+    *,
+    style: str = PLAIN,
+    node_port: bool,
+    inside: bool,
+    sticky: bool,
+    hashed: bool = False,
+) -> str:
     """The name of the chain that treats a packet so. `style` is PLAIN, MASQUERADE or CLUSTER."""
     where = (INSIDE if inside else "") + (NODEPORT if node_port else "")
-    return f"{STICKY if sticky else ''}{style}{where}lb-{width}"
+    how = "hash" if hashed else "lb"
+    return f"{STICKY if sticky else ''}{style}{where}{how}-{width}"
 
 
 def width_of(chain: str) -> int:
     """The width in the name of a balancer. Raises ValueError for any other name."""
-    return int(chain.rpartition("lb-")[2])
+    found = _BALANCER.fullmatch(chain)
+    if not found:
+        raise ValueError(f"{chain!r} is no balancer")
+    return int(found[1])
+
+
+_BALANCER = re.compile(r".*?(?:lb|hash)-([0-9]+)")
 
 
 def _balancers(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
     for width in LADDER:
         for node_port in (False, True):
             for inside in (False, True):
-                yield from _balancer_family(layout, sets, width, node_port, inside)
+                yield from _drawing(layout, sets, width, node_port, inside)
+                if layout.hashed and width in HASH_WIDTHS:
+                    yield from _hashing(layout, sets, width, node_port, inside)
 
 
-def _balancer_family(
+def _drawing(
     layout: Layout, sets: FamilySets, width: int, node_port: bool, inside: bool
 ) -> Iterator[Chain]:
     """The chain that draws once, the one that draws until it hits, and those that lead to it."""
     f = sets.fields
-    key: Concat = (f.protocol, f.dport) if node_port else (f.daddr, f.protocol, f.dport)
+    key = _destination(sets, node_port=node_port)
     endpoints = sets.endpoint_map(node_port=node_port, inside=inside)
     draw = _draw(width, node_port=node_port, inside=inside)
     yield Chain(draw, (rule(Translate((*key, f.random(width)), endpoints)),))
@@ -505,15 +530,61 @@ def _balancer_family(
     else:
         yield Chain(drawing, (*draws, rule(Goto(always_filled))))
 
-    hashing = f"by-client-{drawing}"
+    by_client = f"by-client-{drawing}"
+    full: tuple[Rule, ...] = ()
     if layout.affinity and width > 1:
         slots = (
             *(f.hashed(width, seed) for seed in range(1, HASH_DRAWS + 1)),
             f.hashed(fewest(width), HASH_DRAWS + 1),
         )
         hashed = tuple(rule(Translate((*key, slot), endpoints)) for slot in slots)
-        yield Chain(hashing, (*hashed, *((_no_endpoints_anywhere(),) if inside else ())))
+        yield Chain(by_client, (*hashed, *((_no_endpoints_anywhere(),) if inside else ())))
+        full = (rule(In((f.direction,), sets.affinity_full), Goto(by_client)),)
+    yield from _styles(
+        layout, sets, width, node_port=node_port, inside=inside, hashed=False, full=full
+    )
 
+
+def _hashing(
+    layout: Layout, sets: FamilySets, width: int, node_port: bool, inside: bool
+) -> Iterator[Chain]:
+    """The chain that picks the slot of a client's address, and those that lead to it.
+
+    It picks again on a miss: a transaction may have replaced the slot in between. If that misses,
+    the table has just become another one, and its first slot is filled, whatever it is now.
+    """
+    picks: tuple[Rule, ...] = ()
+    if width > 1:
+        pick = f"{INSIDE if inside else ''}{NODEPORT if node_port else ''}pick-{width}"
+        slot = sets.fields.hashed(width, HASH_SEED)
+        key = _destination(sets, node_port=node_port)
+        endpoints = sets.endpoint_map(node_port=node_port, inside=inside)
+        yield Chain(pick, (rule(Translate((*key, slot), endpoints)),))
+        picks = (rule(Jump(pick)),) * 2
+    name = balancer(width, node_port=node_port, inside=inside, sticky=False, hashed=True)
+    first = _draw(1, node_port=node_port, inside=inside)
+    if inside:
+        last = (rule(Jump(first)), _no_endpoints_anywhere())
+        yield Chain(name, (*_marks_own(layout), *picks, *last))
+    else:
+        yield Chain(name, (*picks, rule(Goto(first))))
+    yield from _styles(layout, sets, width, node_port=node_port, inside=inside, hashed=True)
+
+
+def _styles(
+    layout: Layout,
+    sets: FamilySets,
+    width: int,
+    *,
+    node_port: bool,
+    inside: bool,
+    hashed: bool,
+    full: tuple[Rule, ...] = (),
+) -> Iterator[Chain]:
+    """The chains that lead to a balancer: those that mark, and those that look for the client
+    first. `full` is for a client that is not remembered."""
+    f = sets.fields
+    plain = balancer(width, node_port=node_port, inside=inside, sticky=False, hashed=hashed)
     before: dict[str, tuple[Rule, ...]] = {PLAIN: ()}
     if not inside:
         before[MASQUERADE] = (rule(Mark(layout.mark)),)
@@ -521,16 +592,21 @@ def _balancer_family(
         if off_cluster and not node_port:
             before[CLUSTER] = (rule(off_cluster, Mark(layout.mark)),)
     for style, rules in before.items():
+        name = balancer(
+            width, style=style, node_port=node_port, inside=inside, sticky=False, hashed=hashed
+        )
         if style:
-            name = balancer(width, style=style, node_port=node_port, inside=inside, sticky=False)
-            yield Chain(name, (*rules, rule(Goto(drawing))))
+            yield Chain(name, (*rules, rule(Goto(plain))))
         if layout.affinity:
-            name = balancer(width, style=style, node_port=node_port, inside=inside, sticky=True)
             again = rule(Translate((f.saddr, f.daddr, f.protocol, f.dport), sets.affinity))
             marks = _marks_own(layout) if inside else rules
-            full = rule(In((f.direction,), sets.affinity_full), Goto(hashing))
-            choose = (*((full,) if width > 1 else ()), rule(Goto(drawing)))
-            yield Chain(name, (*marks, again, *choose))
+            yield Chain(f"{STICKY}{name}", (*marks, again, *full, rule(Goto(plain))))
+
+
+def _destination(sets: FamilySets, *, node_port: bool) -> Concat:
+    """The key of the endpoint maps before the slot."""
+    f = sets.fields
+    return (f.protocol, f.dport) if node_port else (f.daddr, f.protocol, f.dport)
 
 
 def _no_endpoints_anywhere() -> Rule:

@@ -23,7 +23,8 @@ Things of netfilter that matter here:
 
 A random draw has many ends. The packet's way parts there: everything before is in `Trace.steps`,
 and each end is a `Branch` with the steps behind it. That a draw may miss and the next rule draws
-again is one step of the chain, with all slots that can be hit.
+again is one step of the chain, with all slots that can be hit. A slot that a hash of the client's
+address names is one end, unless the packet represents clients of other addresses as well.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import NamedTuple
 
 from rules import text as nft
 from rules.diff import Elements
+from rules.jhash import jhash, scaled
 from rules.language import (
     Base,
     Chain,
@@ -78,6 +80,7 @@ class Packet:
 
     `from_node` packets are made on the node itself and come in at no interface. `own` holds all
     addresses of the node: they decide what is delivered to it, and what `fib saddr type local` is.
+    `any_client`: the source represents others, so a hash of it may be any.
     """
 
     source: Address
@@ -87,6 +90,7 @@ class Packet:
     interface: str = ""
     from_node: bool = False
     own: frozenset[Address] = frozenset()
+    any_client: bool = False
 
 
 class Effect(Enum):
@@ -149,7 +153,8 @@ class Masquerade(Enum):
 class Branch:
     """One end that the packet may come to, and the steps that only this end has.
 
-    `target` is empty where nothing translated the packet; `slot` is None unless it was drawn.
+    `target` is empty where nothing translated the packet; `slot` is None unless it was drawn or
+    hashed. `slots` counts the slots that lead to this end: a weighted endpoint has several.
     `remembered` is in seconds, 0 if the client is not.
     """
 
@@ -159,6 +164,7 @@ class Branch:
     masquerade: Masquerade
     remembered: int
     steps: tuple[Step, ...]
+    slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +231,7 @@ def _onward(program: _Program, flight: _Flight) -> Branch:
         done.masquerade,
         done.remembered,
         tuple(passage.steps),
+        done.slots,
     )
 
 
@@ -253,17 +260,19 @@ class _Flight:
     mark: int = 0
     target: Target = b""
     slot: int | None = None
+    slots: int = 0
     masquerade: Masquerade = Masquerade.NO
     remembered: int = 0
     end: End | None = None
 
-    def sent(self, target: Target, slot: int | None = None) -> _Flight:
+    def sent(self, target: Target, slot: int | None = None, slots: int = 0) -> _Flight:
         return replace(
             self,
             destination=address_of(target),
             port=port_of(target),
             target=target,
             slot=slot,
+            slots=slots,
         )
 
     @property
@@ -300,8 +309,11 @@ class _Flight:
                 return self.packet.port.to_bytes(2, "big")
             case Source.DIRECTION:
                 return b"\0"
-            case Source.RANDOM | Source.CLIENT_HASH:
-                raise ValueError("a slot that is drawn or hashed is not followed as one value")
+            case Source.CLIENT_HASH:
+                number = scaled(jhash(self.packet.source, field.seed), field.modulus)
+                return (number + field.offset).to_bytes(4, sys.byteorder)
+            case Source.RANDOM:
+                raise ValueError("a slot that is drawn is not followed as one value")
 
     def key(self, fields: Concat) -> Key:
         """The key that elements have for the fields. A lone field is not padded."""
@@ -332,7 +344,7 @@ class _Passage:
         self._elements = program.elements
         self.flight = flight
         self.steps: list[Step] = []
-        self._departed: dict[int, _Flight] = {}
+        self._departed: dict[Target, tuple[_Flight, set[int]]] = {}  # by which slots
         self._gone = False
         self._drawn_from: Set | None = None  # by the last step, if that is a draw
         self._chain_name = ""
@@ -341,7 +353,13 @@ class _Passage:
 
     def flights(self) -> list[_Flight]:
         """The copies that departed, by slot, and the flight itself if it went on."""
-        departed = [self._departed[slot] for slot in sorted(self._departed)]
+        departed = sorted(
+            (
+                flight.sent(target, min(slots), len(slots))
+                for target, (flight, slots) in self._departed.items()
+            ),
+            key=lambda flight: flight.slot or 0,
+        )
         return departed if self._gone else [*departed, self.flight]
 
     def through(self, hook: Hook, kind: str) -> None:
@@ -459,8 +477,10 @@ class _Passage:
         return Goto(chain)
 
     def _translate(self, fields: Concat, named: Set) -> _Outcome:
-        if fields[-1].source in (Source.RANDOM, Source.CLIENT_HASH):
-            return self._draw(fields[:-1], fields[-1], named)
+        last = fields[-1]
+        hashed = last.source is Source.CLIENT_HASH
+        if last.source is Source.RANDOM or (hashed and self.flight.packet.any_client):
+            return self._draw(fields[:-1], last, named)
         key = self.flight.key(fields)
         target = self._elements.get(named, {}).get(key)
         if not isinstance(target, bytes):
@@ -469,7 +489,8 @@ class _Passage:
             return _Verdict.NEXT_RULE
         self._matched.append(Match(named.name, nft.element(named, (key, target))))
         self._note(Effect.SENDS, target_text(target))
-        self.flight = self.flight.sent(target)
+        slot = int.from_bytes(key[-4:], sys.byteorder) if hashed else None
+        self.flight = self.flight.sent(target, slot, int(hashed))
         return _Verdict.STOP
 
     def _draw(self, fields: Concat, drawn: Field, named: Set) -> _Outcome:
@@ -481,8 +502,7 @@ class _Passage:
             target = elements.get(key)
             if isinstance(target, bytes):
                 hits[key] = target
-                if slot not in self._departed:
-                    self._departed[slot] = self.flight.sent(target, slot)
+                self._departed.setdefault(target, (self.flight, set()))[1].add(slot)
         self._note_draw(named, hits)
         if len(hits) < drawn.modulus:
             return _Verdict.NEXT_RULE

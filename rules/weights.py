@@ -34,7 +34,6 @@ from rules.objects import (
     WeightedEndpoint,
     parse_address,
 )
-from rules.target import Target
 
 ALGORITHM_ANNOTATION = "sliceproxy.io/algorithm"
 WEIGHTS_ANNOTATION = "sliceproxy.io/weights"
@@ -134,8 +133,10 @@ def _zone(text: str) -> str:
     return text
 
 
-def weights_of(found: Mapping[Target, Endpoint], chosen: Balancing) -> dict[Target, int]:
-    """The weight of each endpoint of a Service port."""
+def weigher(chosen: Balancing) -> Callable[[Endpoint], int]:
+    """Gives the weight of a Service's endpoint. Under RANDOM weights have no effect."""
+    if chosen.algorithm is Algorithm.RANDOM:
+        return lambda _: DEFAULT_WEIGHT
     own, zones = dict(chosen.weights), dict(chosen.zone_weights)
 
     def weight(endpoint: Endpoint) -> int:
@@ -146,4 +147,4 @@ def weights_of(found: Mapping[Target, Endpoint], chosen: Balancing) -> dict[Targ
                 return weights[key]
         return DEFAULT_WEIGHT
 
-    return {target: weight(endpoint) for target, endpoint in found.items()}
+    return weight

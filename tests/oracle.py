@@ -14,9 +14,11 @@ Two functions make the same kind of thing, a `Picture`, and a test compares the 
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from rules.objects import (
     SERVING,
     TCP,
     TERMINATING,
+    Algorithm,
     Endpoint,
     EndpointSlice,
     Name,
@@ -34,6 +37,7 @@ from rules.objects import (
     Service,
     ServiceCIDR,
     ServicePort,
+    WeightedEndpoint,
 )
 from rules.options import DetectLocalMode, Options
 
@@ -72,6 +76,7 @@ class Behaviour(NamedTuple):
 
     `verdict` and `inside_verdict` are chain names without their width. `affinity` is in seconds,
     0 without. `empty` is "reject", "drop" or "". `sources` is None where everybody may come in.
+    `shares` hold how many slots each endpoint has, where one has several.
     """
 
     verdict: str | None
@@ -81,6 +86,8 @@ class Behaviour(NamedTuple):
     affinity: int = 0
     empty: str = ""
     sources: Ranges | None = None
+    shares: frozenset[tuple[Target, int]] = frozenset()
+    inside_shares: frozenset[tuple[Target, int]] = frozenset()
 
 
 class Picture(NamedTuple):
@@ -171,6 +178,44 @@ def local_list(found: Mapping[Target, Endpoint], node: str) -> frozenset[Target]
     return ready or frozenset(t for t, e in here.items() if serves_last(e))
 
 
+def weight_of(endpoint: Endpoint, service: Service) -> int:
+    """The slice's weight, else the Service's, else the zone's, else 1."""
+    if isinstance(endpoint, WeightedEndpoint):
+        return endpoint.weight
+    named = dict(service.balancing.weights)
+    by_zone = dict(service.balancing.zone_weights)
+    for weights, key in (
+        (named, endpoint.pod),
+        (named, endpoint.address),
+        (by_zone, endpoint.zone),
+    ):
+        if key in weights:
+            return weights[key]
+    return 1
+
+
+def usable_of(service: Service, found: Mapping[Target, Endpoint]) -> dict[Target, Endpoint]:
+    """All but the drained ones, which have weight 0. Weights count where an algorithm is asked."""
+    weighed = service.balancing.algorithm is not Algorithm.RANDOM
+    return {t: e for t, e in found.items() if not weighed or weight_of(e, service)}
+
+
+def shares_of(
+    targets: frozenset[Target], found: Mapping[Target, Endpoint], service: Service
+) -> frozenset[tuple[Target, int]]:
+    """How many slots each endpoint has, by its weight; empty where each has one.
+
+    Sums beyond 1,024 (or 8 for each endpoint) are rounded, which is the product's business.
+    """
+    if service.balancing.algorithm is not Algorithm.WEIGHTED or not targets:
+        return frozenset()
+    weights = {target: weight_of(found[target], service) for target in targets}
+    common = math.gcd(*weights.values())
+    shares = {target: weight // common for target, weight in weights.items()}
+    assert sum(shares.values()) <= max(1024, 8 * len(shares)), "an example without rounding"
+    return frozenset(shares.items()) if sum(shares.values()) > len(shares) else frozenset()
+
+
 # --- what a Service means -----------------------------------------------------------------------
 
 
@@ -249,7 +294,7 @@ def behaviours(
     def answers(where: Where, port: ServicePort, kind: str) -> None:
         external = kind != "cluster IP"
         local = service.external_local if external else service.internal_local
-        found = endpoints_of(slices, where.family, port)
+        found = usable_of(service, endpoints_of(slices, where.family, port))
         everywhere = cluster_list(found, options.node, zone)
         here = local_list(found, options.node)
         if not any(goodness(e) for e in found.values()):
@@ -267,18 +312,21 @@ def behaviours(
         sticky = "sticky-" if service.affinity_seconds else ""
         node_port = "" if where.address else "nodeport-"
         two_lists = external and local
+        how = "hash" if service.balancing.algorithm is Algorithm.SOURCE_HASH else "lb"
         guarded = kind == "load balancer IP"
         external_ip = external and bool(where.address)
         if external_ip and where.protocol == TCP and (where.address, where.port) in api_servers:
             return
         behaviour = Behaviour(
-            verdict=f"{sticky}{style}{node_port}lb",
+            verdict=f"{sticky}{style}{node_port}{how}",
             endpoints=here if local else everywhere,
-            inside_verdict=f"{sticky}inside-{node_port}lb" if two_lists else None,
+            inside_verdict=f"{sticky}inside-{node_port}{how}" if two_lists else None,
             inside=everywhere if two_lists else frozenset(),
             affinity=service.affinity_seconds,
             empty=empty,
             sources=source_ranges(service, where.family, objects) if guarded else None,
+            shares=shares_of(here if local else everywhere, found, service),
+            inside_shares=shares_of(everywhere, found, service) if two_lists else frozenset(),
         )
         result.setdefault(where, (external_ip, behaviour))
 
@@ -306,7 +354,7 @@ def hairpins(
     """The addresses of endpoints on this node that the Service's lists hold."""
     for family in {family_of(a) for a in service.cluster_ips}:
         for port in service.ports:
-            found = endpoints_of(slices, family, port)
+            found = usable_of(service, endpoints_of(slices, family, port))
             for target in cluster_list(found, options.node, zone) | local_list(found, options.node):
                 if found[target].node == options.node:
                     yield target.address
@@ -398,17 +446,18 @@ class ListOf(NamedTuple):
 
 class Layout(NamedTuple):
     """Where things stand that a picture leaves open: the target in each slot, counted from the
-    list's first, and the width in each verdict."""
+    list's first, the width in each verdict, and which lists are looked up by a hash."""
 
     slots: dict[ListOf, dict[int, Target]]
     widths: dict[ListOf, int]
+    hashed: set[ListOf]
 
 
 Fields = dict[Where, dict[str, Any]]
 """What has been read of each Behaviour so far."""
 
 _ADDRESS = {4: 4, 6: 16}
-_VERDICT = re.compile(r"(.*lb)-(\d+)")
+_VERDICT = re.compile(r"(.*(?:lb|hash))-(\d+)")
 _SLOTS = re.compile(r"(inside-)?(nodeport-)?endpoints")
 _REMEMBER = re.compile(r"remember-(\d+)")
 
@@ -417,7 +466,7 @@ def observed(elements: Elements, chains: Mapping[int, Iterable[str]]) -> tuple[P
     """What elements say, and where they stand. `chains` holds the chains' names by family."""
     sets = {(s.family, s.name): content for s, content in elements.items()}
     fields: Fields = {}
-    layout = Layout({}, {})
+    layout = Layout({}, {}, set())
     for family in FAMILIES:
         for ending in ("ips", "nodeports"):
             _read_verdicts(sets, family, ending, fields, layout)
@@ -430,9 +479,11 @@ def observed(elements: Elements, chains: Mapping[int, Iterable[str]]) -> tuple[P
             length = 0 if found[2] else _ADDRESS[family]
             _read_slots(content, family, length, bool(found[1]), layout)
     for (where, inside), slots in layout.slots.items():
-        targets = frozenset(slots.values())
-        assert len(targets) == len(slots), f"an endpoint in two slots of {where}: {slots}"
-        fields.setdefault(where, {})["inside" if inside else "endpoints"] = targets
+        targets = Counter(slots.values())
+        found = fields.setdefault(where, {})
+        found["inside" if inside else "endpoints"] = frozenset(targets)
+        if len(targets) < len(slots) and ListOf(where, inside) not in layout.hashed:
+            found["inside_shares" if inside else "shares"] = frozenset(targets.items())
 
     def keys(name: str) -> Iterator[bytes]:
         return (key for family in FAMILIES for key in sets.get((family, name), {}))
@@ -472,6 +523,8 @@ def _read_verdicts(sets: Mapping, family: int, ending: str, fields: Fields, layo
             fields.setdefault(where, {})["inside_verdict" if inside else "verdict"] = style
             layout.widths[ListOf(where, inside)] = int(width)
             layout.slots.setdefault(ListOf(where, inside), {})
+            if style.endswith("hash"):
+                layout.hashed.add(ListOf(where, inside))
 
 
 def _read_answers(sets: Mapping, family: int, ending: str, fields: Fields) -> None:

@@ -15,6 +15,7 @@ from agent.cli.flags import fail, from_flag, settings, settings_flags
 from agent.cli.output import output_flag, put, service_name
 from agent.cli.state import chosen_state
 from rules.endpoint_report import EndpointTable, PortTable, QuestionError, Row, Use, endpoints
+from rules.objects import Algorithm
 
 
 @click.command("endpoints")
@@ -55,6 +56,8 @@ def show(table: EndpointTable, console: Console) -> None:
     """Prints the table for people."""
     where = f"node {table.node}" + (f" in zone {table.zone}" if table.zone else "")
     console.print(f"[bold]Service {escape(table.service)}[/bold], seen from {escape(where)}")
+    if table.algorithm != Algorithm.RANDOM.value:
+        console.print(f"algorithm {table.algorithm}")
     for note in table.notes:
         console.print(f"[yellow]{escape(note)}[/yellow]")
     for port in table.ports:
@@ -83,7 +86,9 @@ def _heading(port: PortTable) -> str:
 def _grid(port: PortTable) -> Table:
     policies = [p for p in ("cluster", "local") if any(getattr(r, p) for r in port.rows)]
     grid = Table(box=None, pad_edge=False, header_style="dim")
-    optional = [c for c in ("zone", "hints", "pod") if any(_cell(r, c) for r in port.rows)]
+    optional = [
+        c for c in ("zone", "hints", "pod", "weight") if any(_cell(r, c) for r in port.rows)
+    ]
     for column in ("endpoint", "condition", "node", *optional, "slice"):
         grid.add_column(column, overflow="fold")
     for policy in policies:
@@ -102,6 +107,8 @@ def _cell(row: Row, column: str) -> str:
             return escape(f"{address}:{row.port}")
         case "condition":
             return _condition(row)
+        case "weight":
+            return "" if row.weight is None else str(row.weight)
         case "hints":
             return escape(", ".join((*row.node_hints, *row.zone_hints)))
         case _:

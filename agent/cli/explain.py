@@ -21,6 +21,7 @@ from agent.kernel.errors import KernelError
 from agent.kernel.lookups import kernel_elements
 from rules.endpoint_report import QuestionError, endpoints
 from rules.explain import (
+    Answering,
     Asked,
     EndpointList,
     Explanation,
@@ -30,7 +31,7 @@ from rules.explain import (
     with_article,
 )
 from rules.frontends import Kind
-from rules.objects import Name
+from rules.objects import Algorithm, Name
 from rules.service_report import ServiceLine, service_lines
 from rules.state import State
 from rules.trace import Effect, End, Masquerade
@@ -145,7 +146,7 @@ def show(explanation: Explanation, console: Console) -> None:
             f"[bold]{escape(asked.who[0].upper() + asked.who[1:])}[/bold] ({asked.address})",
             highlight=False,
         )
-        for line in _outcome_lines(asked):
+        for line in _outcome_lines(asked, explanation.answering):
             console.print(f"  {line}", highlight=False)
         if asked.steps:
             console.print(Padding(_steps_grid(asked.steps), (0, 0, 0, 4), expand=False))
@@ -170,9 +171,12 @@ def _heading(explanation: Explanation) -> Iterator[str]:
         losers = escape(", ".join(answering.lost_by))
         yield f"  [yellow]also claimed by {losers}, which does not get it[/yellow]"
     yield f"  policy     {answering.policy}"
-    yield f"  endpoints  {_list_text(answering.list)}"
+    drained = f"; {answering.drained} drained (weight 0)" if answering.drained else ""
+    yield f"  endpoints  {_list_text(answering.list)}{drained}"
     if answering.inside:
         yield f"  inside     {_list_text(answering.inside)}, for this node and its pods"
+    if text := _ALGORITHMS.get(answering.algorithm):
+        yield f"  algorithm  {text}"
     if answering.affinity_seconds:
         yield (
             f"  affinity   a client keeps its endpoint until it stays away for "
@@ -182,15 +186,21 @@ def _heading(explanation: Explanation) -> Iterator[str]:
         yield f"  sources    only {', '.join(answering.source_ranges)} (loadBalancerSourceRanges)"
 
 
+_ALGORITHMS = {
+    Algorithm.SOURCE_HASH.value: "source-hash: a client's address names its endpoint",
+    Algorithm.WEIGHTED.value: "weighted: an endpoint has as many slots as its weight",
+}
+
+
 def _list_text(used: EndpointList) -> str:
     return f"{len(used.endpoints)} by policy {used.name}: {used.basis}"
 
 
-def _outcome_lines(asked: Asked) -> Iterator[str]:
+def _outcome_lines(asked: Asked, answering: Answering | None) -> Iterator[str]:
     for outcome in asked.outcomes:
         match End(outcome):
             case End.SENT:
-                yield _sent_text(asked.endpoints)
+                yield _sent_text(asked.endpoints, answering.algorithm if answering else "")
                 yield from _seen_lines(asked.endpoints)
                 if asked.remembered_seconds:
                     yield f"and comes back to the same one for {asked.remembered_seconds} s"
@@ -202,11 +212,15 @@ def _outcome_lines(asked: Asked) -> Iterator[str]:
                 yield "[yellow]is not touched:[/yellow] it goes on to where it was sent"
 
 
-def _sent_text(reached: tuple[Reached, ...]) -> str:
+def _sent_text(reached: tuple[Reached, ...], algorithm: str) -> str:
     texts = [r.endpoint for r in reached]
     if len(texts) == 1:
         return f"[green]goes to[/green] {escape(texts[0])}"
-    return f"[green]goes to one of {len(texts)}[/green] at random: {escape(_some(texts))}"
+    how = "by its address" if algorithm == Algorithm.SOURCE_HASH.value else "at random"
+    slots = [r.slots for r in reached]
+    if max(slots) > min(slots):
+        texts = [f"{t} ({n} of {sum(slots)} slots)" for t, n in zip(texts, slots, strict=True)]
+    return f"[green]goes to one of {len(texts)}[/green] {how}: {escape(_some(texts))}"
 
 
 _SEEN = {

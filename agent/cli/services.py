@@ -70,7 +70,7 @@ def _suggest(namespace: str, state: State | None, socket_path: str) -> None:
 
 
 def show(lines: Sequence[ServiceLine], console: Console, *, wide: bool = False) -> None:
-    """Prints the lines as a table; `wide` adds policies, affinity and counters."""
+    """Prints the lines as a table; `wide` adds policies, affinity, algorithm and counters."""
     if not lines:
         console.print("No Services.")
         return
@@ -78,7 +78,7 @@ def show(lines: Sequence[ServiceLine], console: Console, *, wide: bool = False) 
     columns = ("NAMESPACE", "NAME", "PORT", "FAMILY", "ADDRESSES", "ENDPOINTS", "STATE")
     for column in (
         *columns,
-        *(("POLICIES", "AFFINITY", "CONNECTIONS", "REFUSED", "DROPPED") if wide else ()),
+        *(_WIDE if wide else ()),
     ):
         grid.add_column(column, no_wrap=True)
     for line in lines:
@@ -96,12 +96,14 @@ def show(lines: Sequence[ServiceLine], console: Console, *, wide: bool = False) 
             cells += [
                 f"{line.internal_policy}/{line.external_policy}",
                 f"{line.affinity_seconds} s" if line.affinity_seconds else "",
+                line.algorithm,
                 *(_sum(getattr(f, name) for f in line.frontends) for name in _COUNTED),
             ]
         grid.add_row(*cells)
     console.print(grid)
 
 
+_WIDE = ("POLICIES", "AFFINITY", "ALGORITHM", "CONNECTIONS", "REFUSED", "DROPPED")
 _COUNTED = ("connections", "refused", "dropped")
 
 

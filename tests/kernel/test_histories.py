@@ -19,6 +19,7 @@ import copy
 import ipaddress
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ from rules.language import Set, Table
 from rules.netlink.attributes import attributes
 from rules.objects import EndpointSlice, Name, Node, Service, ServiceCIDR, parse_network
 from rules.options import DetectLocalMode, Options
-from rules.slots import LADDER, fewest
+from rules.slots import HASH_WIDTHS, LADDER, fewest
 from rules.state import State
 from rules.tables import FAMILIES
 from rules.transaction import Transaction, table_change
@@ -82,6 +83,13 @@ ENDPOINTS = {
     4: tuple(f"10.244.{n // 6}.{n % 6 + 1}" for n in range(48)),
     6: tuple(f"fd00:10:244:{n // 6}::{n % 6 + 1:x}" for n in range(48)),
 }
+WEIGHTS = (
+    None,
+    "10.244.0.1=0,10.244.0.2=3,fd00:10:244:0::1=4",
+    ",".join(f"{ENDPOINTS[n % 2 * 2 + 4][n]}={n % 5}" for n in range(24)),
+    "10.244.0.1=1,10.244.0.1=2",  # not usable
+)
+ZONE_WEIGHTS = (None, "z1=0", "z1=2,z2=4", "z1=5,z2=0")
 NODES, ZONES = ("node-1", "node-2", None), ("z1", "z2")
 PORT_NAMES, PROTOCOLS = ("http", "dns", None), ("TCP", "UDP", "SCTP", None)
 AGES = (*(f"2026-01-0{day}T00:00:00Z" for day in (1, 2, 3)), None)
@@ -171,6 +179,12 @@ def service_documents(draw: st.DrawFn) -> dict[str, Any]:
     if odd in ("headless", "pending"):
         ip = "None" if odd == "headless" else ""
         document["spec"].update(clusterIP=ip, clusterIPs=[ip] if ip else [])
+    algorithm = draw(st.sampled_from((None,) * 6 + ("weighted",) * 4 + ("source-hash", "lc")))
+    if algorithm:
+        weights, zones = draw(st.sampled_from(WEIGHTS)), draw(st.sampled_from(ZONE_WEIGHTS))
+        document["metadata"]["annotations"] = manifest.balancing(
+            algorithm, weights=weights, zone_weights=zones
+        )
     if draw(st.integers(0, 23)) == 23:
         document["metadata"]["labels"] = {"service.kubernetes.io/headless": ""}
     document["metadata"]["labelled"] = odd == "labelled"
@@ -187,6 +201,7 @@ def endpoints(draw: st.DrawFn, family: int) -> dict[str, Any]:
         ready=ready,
         serving=draw(MAYBE),
         terminating=draw(MAYBE),
+        zone=draw(st.sampled_from((None, "z1", "z2"))),
         for_zones=draw(st.sampled_from(((), (), ("z1",), ("z2",), ZONES))),
         for_nodes=draw(st.sampled_from(((), (), ("node-1",), ("node-2",)))),
     )
@@ -217,7 +232,11 @@ def many(family: int, count: int, seed: int) -> list[dict[str, Any]]:
     """That many ready endpoints, any of the pool, in any order, some of them here."""
     addresses = random.Random(seed).sample(ENDPOINTS[family], count)
     return [
-        manifest.endpoint(address, node=NODES[ENDPOINTS[family].index(address) % 2])
+        manifest.endpoint(
+            address,
+            node=NODES[ENDPOINTS[family].index(address) % 2],
+            zone=ZONES[ENDPOINTS[family].index(address) // 2 % 2],
+        )
         for address in addresses
     ]
 
@@ -266,12 +285,23 @@ def _verdict(seen: tuple[Picture, Layout], where: oracle.Where, inside: bool) ->
     return style, layout.widths.get(ListOf(where, inside))
 
 
+TABLE_OF: dict[frozenset[tuple[Target, int]], dict[int, Target]] = {}
+"""The hash table of each set of endpoints that was seen, with the number of their slots."""
+
+
 def check_layout(layout: Layout) -> None:
-    """Slots have no hole, and the rules that draw over this width reach all of them."""
+    """Slots have no hole, and the rules that draw over this width reach all of them. A hash table
+    is full, and the same for the same endpoints, whatever happened before."""
     assert layout.slots.keys() == layout.widths.keys()
     for where, slots in layout.slots.items():
         count, width = len(slots), layout.widths[where]
         assert sorted(slots) == list(range(count)), f"{where} has holes"
+        if where in layout.hashed:
+            assert count in (0, width)
+            assert width in HASH_WIDTHS
+            shares = Counter(slots.values())
+            assert TABLE_OF.setdefault(frozenset(shares.items()), slots) == slots
+            continue
         assert width in LADDER
         assert not count or fewest(width) <= count <= width, f"{count} of {width} at {where}"
 
@@ -280,20 +310,24 @@ def check_stability(before: Layout, after: Layout) -> None:
     """What stays in a list stays in its slot, and a list in its width, wherever that can be.
 
     An endpoint that stays can keep its slot if that is below the list's new length. If it is not,
-    a hole below must be filled with it; so exactly as many move as there are holes that nothing
-    new filled, and no slot below the new length changes but those of endpoints that went.
+    a hole below must be filled with it; so exactly as many slots change as endpoints that went
+    leave holes, and none does where nothing went. A weighted endpoint counts once for each slot.
     """
-    for where in before.slots.keys() & after.slots.keys():
-        old = {target: slot for slot, target in before.slots[where].items()}
-        new = {target: slot for slot, target in after.slots[where].items()}
-        moved = {t for t in old.keys() & new.keys() if old[t] != new[t]}
-        assert moved == {t for t in old.keys() & new.keys() if old[t] >= len(new)}
+    for where in (before.slots.keys() & after.slots.keys()) - before.hashed - after.hashed:
+        old, new = before.slots[where], after.slots[where]
+        gone = Counter(old.values()) - Counter(new.values())
+        holes = sum(1 for slot, target in old.items() if slot < len(new) and new[slot] != target)
+        if len(set(old.values())) == len(old) and len(set(new.values())) == len(new):
+            assert holes == sum(
+                1 for slot, target in old.items() if slot < len(new) and gone[target]
+            )
+        assert holes <= gone.total()
         width, count = before.widths[where], len(new)
         if not count or fewest(width) <= count <= width:
             assert after.widths[where] == width, f"{where} changed its width in vain"
         else:
             assert after.widths[where] == min(w for w in LADDER if w >= count)
-    for where in after.slots.keys() - before.slots.keys():
+    for where in after.slots.keys() - before.slots.keys() - after.hashed:
         count = max(1, len(after.slots[where]))
         assert after.widths[where] == min(w for w in LADDER if w >= count)
 
@@ -465,7 +499,8 @@ class Histories(RuleBasedStateMachine):
         """The same address may be in several slices, older or younger ones, and twice in one."""
         found = data.draw(st.lists(endpoints(SLICES[name]), max_size=6))
         created = data.draw(st.sampled_from(AGES))
-        self._put_slice(name, service, found, ports, more, created=created)
+        weights = data.draw(st.sampled_from((None, None, *WEIGHTS)))
+        self._put_slice(name, service, found, ports, more, created=created, weights=weights)
 
     @rule(
         name=st.sampled_from(sorted(SLICES)),
@@ -626,6 +661,7 @@ class Histories(RuleBasedStateMachine):
         more: bool,
         *,
         created: str | None = AGES[0],
+        weights: str | None = None,
     ) -> None:
         family = f"IPv{SLICES[name]}"
         document = manifest.slice_document(
@@ -636,6 +672,7 @@ class Histories(RuleBasedStateMachine):
             ports=ports,
             family=family,
             created=created,
+            annotations={"sliceproxy.io/weights": weights} if weights else None,
         )
         if self.options.proxy_name:
             document["metadata"]["labels"]["service.kubernetes.io/service-proxy-name"] = "mine"

@@ -155,8 +155,8 @@ def test_each_asker_has_a_trace() -> None:
     assert list(found) == [POD, NODE, OUTSIDE]
     assert found[POD].address == "10.244.1.1"
     assert found[POD].endpoints == (
-        Reached(f"{LOCAL}:8080", 0, "no"),
-        Reached(f"{REMOTE}:8080", 1, "no"),
+        Reached(f"{LOCAL}:8080", 0, "no", 1),
+        Reached(f"{REMOTE}:8080", 1, "no", 1),
     )
     assert {r.sees_node for r in found[NODE].endpoints} == {"mark"}
     assert {r.sees_node for r in found[OUTSIDE].endpoints} == {"mark"}
@@ -188,7 +188,7 @@ def test_a_local_endpoint_is_a_pod_even_if_no_network_identifies_pods() -> None:
     state = stepped(web(), behind(LOCAL), cluster_cidr="")
     (asked,) = explain(state, "10.96.0.10:80", LOCAL).asked
     assert asked.who == POD
-    assert asked.endpoints == (Reached(f"{LOCAL}:8080", 0, "hairpin"),)
+    assert asked.endpoints == (Reached(f"{LOCAL}:8080", 0, "hairpin", 1),)
 
 
 def test_an_asker_of_the_other_family_is_an_error() -> None:

@@ -36,7 +36,8 @@ ALLOWED_PACKAGES = {"msgspec", "google", "rules"}
 turn bytes into values and do nothing else."""
 
 DOWN = (
-    *("language", "objects", "problems", "target", "selection", "slots", "tables", "text"),
+    *("language", "objects", "weights", "problems", "target", "selection", "slots", "shares"),
+    *("tables", "text"),
     *("frontends", "program", "lookup", "stale_flows", "diff"),
     *("netlink.attributes", "netlink.messages", "netlink.nftables"),
     *("netlink.expressions", "netlink.elements", "netlink.counters", "netlink.sets"),

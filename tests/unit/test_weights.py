@@ -16,8 +16,7 @@ from rules.objects import (
     Service,
     WeightedEndpoint,
 )
-from rules.target import Target, target_of
-from rules.weights import MAX_WEIGHT, MAX_WEIGHTS, weights_of
+from rules.weights import MAX_WEIGHT, MAX_WEIGHTS, weigher
 from tests import manifest
 
 WEIGHTED, HASH = Algorithm.WEIGHTED, Algorithm.SOURCE_HASH
@@ -60,6 +59,8 @@ def test_weights_have_no_effect_while_the_algorithm_is_random():
     assert service("random", weights="a=1").balancing is RANDOM_CHOICE
     annotations = {"sliceproxy.io/zone-weights": "a=3"}
     assert manifest.service(annotations=annotations).balancing is RANDOM_CHOICE
+    piece = slice_with("a=0", manifest.endpoint("10.0.0.1", pod="a"))
+    assert weights(service("random"), piece) == {"10.0.0.1": 1}
 
 
 @pytest.mark.parametrize(
@@ -126,11 +127,10 @@ def test_bad_weights_of_a_slice_leave_its_endpoints_without_weights(text, becaus
 
 
 def weights(found: Service, *slices: EndpointSlice) -> dict[str, int]:
-    endpoints: dict[Target, Endpoint] = {
-        target_of(e.address, 80): e for piece in slices for e in piece.endpoints
+    weight = weigher(found.balancing)
+    return {
+        str(ipaddress.ip_address(e.address)): weight(e) for piece in slices for e in piece.endpoints
     }
-    of_target = weights_of(endpoints, found.balancing)
-    return {str(ipaddress.ip_address(t[:-4])): w for t, w in of_target.items()}
 
 
 def test_the_most_specific_weight_counts():
