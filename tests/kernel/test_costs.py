@@ -17,7 +17,7 @@ from agent.config.settings import Settings
 from lab.world import World
 from rules.netlink.attributes import string
 from rules.netlink.nftables import NFT_MSG_GETRULE, NFTA_RULE_TABLE
-from rules.objects import EndpointSlice, Object
+from rules.objects import EndpointSlice, Object, Service
 from rules.slots import fitting
 from rules.tables import FAMILIES
 from rules.transaction import Transaction
@@ -32,6 +32,9 @@ cannot be identified. All of them but 25 choose endpoints, over the 32 widths.""
 
 MOST_RULES = 2493
 """The rules with both, one timeout being asked for; every other timeout adds four."""
+
+HASH_RULES = 98
+"""So many more while a Service asks for source-hash: 22 for each of 4 widths, 10 for one entry."""
 
 PER_SLICE, MOST_SLICES = 1000, 4
 ADDRESSES = 6  # cluster IP, external IP and node port, in both families
@@ -268,6 +271,41 @@ def test_the_rules_with_session_affinity_do_not_depend_on_services_either(bare_w
             assert _rules_in_kernel(proxy, family) == MOST_RULES + 4
         proxy.check()
         proxy.kernel.remove()
+
+
+def test_algorithms_cost_rules_only_where_source_hash_is_asked_for(proxy):
+    """As many for a thousand Services as for one; none for weights, and none when they are gone."""
+    weighted = manifest.balancing("weighted", weights="10.5.0.1=3", zone_weights="a=2")
+    hashed = manifest.balancing("source-hash")
+    proxy.put(*_services(0, 3, annotations=weighted))
+    for family in FAMILIES:
+        assert _rules_in_kernel(proxy, family) == RULES
+    for behind in (4, 1000):
+        proxy.put(*_services(3, behind, annotations=hashed))
+        for family in FAMILIES:
+            assert _rules_in_kernel(proxy, family) == RULES + HASH_RULES
+    proxy.delete(*(o for o in _services(3, 1000) if isinstance(o, Service)))
+    for family in FAMILIES:
+        assert _rules_in_kernel(proxy, family) == RULES
+
+
+def test_a_weight_costs_as_many_elements_as_it_changes_by(proxy):
+    endpoints = [manifest.endpoint(f"10.5.0.{n}", node="node-2") for n in range(1, 5)]
+    ports = [{"port": 80}]
+
+    def weigh(*weights: int) -> Object:
+        text = ",".join(f"10.5.0.{n}={w}" for n, w in enumerate(weights, start=1))
+        annotations = manifest.balancing("weighted", weights=text)
+        return manifest.service(cluster_ips=["10.96.0.10"], ports=ports, annotations=annotations)
+
+    sliced = manifest.endpoint_slice(endpoints=endpoints, ports=ports)
+    assert operations(proxy.put(weigh(4, 3, 2, 1), sliced))["endpoints"] == 10
+    assert data_operations(proxy.put(weigh(5, 3, 2, 1))) == 1
+    assert data_operations(proxy.put(weigh(5, 3, 2, 2))) == 1
+    # a hole takes two operations, and the last slot, which fills it, one more
+    assert data_operations(proxy.put(weigh(3, 3, 2, 2))) <= 2 * 3
+    assert data_operations(proxy.put(weigh(0, 3, 2, 2))) <= 3 * 3
+    assert not proxy.put(weigh(0, 6, 4, 4)).change.operations, "the same proportion"
 
 
 def _services(first: int, behind: int, **fields: object) -> Iterator[Object]:

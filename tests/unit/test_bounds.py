@@ -17,7 +17,7 @@ from rules.selection import NodeLocation
 from rules.slots import MAX_ENDPOINTS, assign
 from rules.state import State
 from rules.tables import SETS, Layout, build
-from tests.manifest import endpoint, endpoint_slice, service
+from tests.manifest import balancing, endpoint, endpoint_slice, service
 
 PORTS = [{"name": f"p{n}", "port": 1 + n} for n in range(100)]
 EXTERNAL = [f"203.0.{n >> 8}.{n & 255}" for n in range(1000)]
@@ -79,6 +79,36 @@ def test_the_excess_is_rejected_by_whole_frontends_and_cluster_ips_are_served_fi
     assert [f.kind.value for f in frontends(many)][:5] == [
         *("cluster IP", "cluster IP", "node port", "node port", "load balancer IP")
     ]
+
+
+def test_slots_of_weights_and_hash_tables_count_as_elements():
+    """A list of 2,000 endpoints may have 16,000 slots, and its table has 16,384 entries."""
+    ports = [{"name": "p0", "port": 80}]
+    for algorithm, each in (("weighted", 16_000), ("source-hash", 16_384)):
+        annotations = balancing(algorithm, weights="10.0.0.1=65535")
+        state = made(
+            service(
+                cluster_ips=["10.96.0.10"],
+                externalIPs=EXTERNAL,
+                ports=ports,
+                annotations=annotations,
+            ),
+            slices(2000),
+        )
+        assert len(state.installed) == MAX_ELEMENTS // (each + 1)
+        assert size(state) <= MAX_ELEMENTS + 10
+        assert "too_many_elements" in {p.code for p in state.problems.open()}
+
+
+def test_weights_that_need_too_many_slots_are_rounded_and_reported():
+    annotations = balancing("weighted", weights="10.0.0.0=65535,10.0.0.1=2")
+    state = made(service(cluster_ips=["10.96.0.10"], annotations=annotations), _renamed(slices(2)))
+    (installed,) = state.installed.values()
+    assert len(installed.slots) == 1024
+    assert len(set(installed.slots)) == 2
+    code, text = problem(state)
+    assert code == "weights_rounded"
+    assert "http/tcp IPv4 (65537 slots, at most 1024)" in text
 
 
 def test_one_endpoint_of_a_wide_service_is_assigned_once_for_all_its_frontends(monkeypatch):

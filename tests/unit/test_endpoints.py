@@ -22,7 +22,7 @@ from rules.endpoint_report import (
 from rules.events import Upsert
 from rules.objects import Object
 from rules.state import State
-from tests.manifest import endpoint, endpoint_slice, node, service
+from tests.manifest import balancing, endpoint, endpoint_slice, node, service
 
 HTTP = {"name": "http", "port": 80}
 DNS = {"name": "dns", "port": 53, "protocol": "UDP"}
@@ -117,6 +117,25 @@ def test_the_policies_that_the_service_uses(
     found = table(web(**spec), endpoint_slice("web", [endpoint("10.0.0.1")]))
     (row,) = only_port(found).rows
     assert (row.cluster is not None, row.local is not None) == (cluster, local)
+
+
+def test_weights_are_shown_where_they_count_and_a_drained_endpoint_says_so() -> None:
+    weights = balancing("weighted", weights="10.0.0.2=0", zone_weights="b=3")
+    piece = endpoint_slice(
+        "web", [endpoint("10.0.0.1", zone="b"), endpoint("10.0.0.2"), endpoint("10.0.0.3")]
+    )
+    found = table(web(annotations=weights), piece)
+    rows = only_port(found).rows
+    assert found.algorithm == "weighted"
+    assert [(r.address, r.weight) for r in rows] == [
+        *(("10.0.0.1", 3), ("10.0.0.3", 1), ("10.0.0.2", 0))
+    ]
+    assert [r.cluster for r in rows] == [
+        *(Use(True, "ready"), Use(True, "ready"), Use(False, "drained: its weight is 0"))
+    ]
+    ordinary = table(web(), piece)
+    assert ordinary.algorithm == "random"
+    assert {r.weight for r in only_port(ordinary).rows} == {None}
 
 
 def test_used_ones_come_first_with_the_reasons_of_both_policies() -> None:

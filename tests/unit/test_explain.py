@@ -31,9 +31,9 @@ from rules.explain import (
 from rules.objects import SCTP, TCP, UDP, EndpointSlice, Object, parse_address
 from rules.state import State
 from rules.tables import SETS
-from tests.manifest import endpoint, endpoint_slice, node, service, service_cidr
+from tests.manifest import balancing, endpoint, endpoint_slice, node, service, service_cidr
 
-LOCAL, REMOTE = "10.244.1.11", "10.244.2.11"
+LOCAL, REMOTE, OTHER = "10.244.1.11", "10.244.2.11", "10.244.2.12"
 
 
 def stepped(*objects: Object, **chosen: Any) -> State:
@@ -277,6 +277,42 @@ def test_why_there_is_no_answer(question: str, reason: str) -> None:
 
 
 # --- showing ------------------------------------------------------------------------------------
+
+
+def with_algorithm(algorithm: str, **weights: str) -> Explanation:
+    state = stepped(
+        service("web", annotations=balancing(algorithm, **weights)), behind(LOCAL, REMOTE, OTHER)
+    )
+    return explain(state, "10.96.0.10:80")
+
+
+def test_a_weighted_endpoint_says_its_share_of_the_slots() -> None:
+    found = with_algorithm("weighted", weights=f"{LOCAL}=3,{OTHER}=0")
+    assert found.answering is not None
+    assert (found.answering.algorithm, found.answering.drained) == ("weighted", 1)
+    assert {r.endpoint: r.slots for r in by_asker(found)[OUTSIDE].endpoints} == {
+        f"{LOCAL}:8080": 3,
+        f"{REMOTE}:8080": 1,
+    }
+    shown = " ".join(text(found).split())
+    assert "1 drained (weight 0)" in shown
+    assert f"one of 2 at random: {LOCAL}:8080 (3 of 4 slots), {REMOTE}:8080 (1 of 4 slots)" in shown
+
+
+def test_a_hashed_client_has_one_endpoint_and_clients_in_general_have_all() -> None:
+    found = with_algorithm("source-hash")
+    assert len(by_asker(found)[OUTSIDE].endpoints) == 3
+    assert "one of 3 by its address" in " ".join(text(found).split())
+    state = stepped(
+        service("web", annotations=balancing("source-hash")), behind(LOCAL, REMOTE, OTHER)
+    )
+    reached = set()
+    for number in range(1, 60):
+        (asked,) = explain(state, "10.96.0.10:80", f"192.0.2.{number}").asked
+        (one,) = asked.endpoints
+        assert one.slots == 1
+        reached.add(one.endpoint)
+    assert reached == {f"{LOCAL}:8080", f"{REMOTE}:8080", f"{OTHER}:8080"}
 
 
 def test_what_is_shown() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rules.events import Upsert
 from rules.objects import Object
 from rules.service_report import DROPPED, NOT_PROXIED, REFUSED, SERVED, ServiceLine, services
 from rules.state import State
+from tests import manifest
 from tests.manifest import endpoint, endpoint_slice, node, service
 from tests.unit.test_endpoints import stepped
 
@@ -26,6 +29,19 @@ def test_a_line_counts_used_and_all_endpoints() -> None:
     assert (line.used, line.total, line.state) == (1, 2, SERVED)
     (frontend,) = line.frontends
     assert (frontend.address, frontend.kind) == ("10.96.0.10:80/tcp", "cluster IP")
+
+
+@pytest.mark.parametrize("algorithm", ["random", "weighted", "source-hash"])
+def test_a_line_counts_endpoints_and_not_their_slots(algorithm: str) -> None:
+    annotations = manifest.balancing(
+        algorithm, zone_weights="a=7" if algorithm != "random" else None
+    )
+    endpoints = [manifest.endpoint("10.0.0.1", zone="a"), manifest.endpoint("10.0.0.2")]
+    (line,) = lines(
+        manifest.service(cluster_ips=["10.96.0.10"], annotations=annotations),
+        manifest.endpoint_slice(endpoints=endpoints),
+    )
+    assert (line.algorithm, line.used, line.total) == (algorithm, 2, 2)
 
 
 def test_a_line_says_what_a_client_meets_without_endpoints() -> None:

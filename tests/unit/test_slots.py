@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,29 @@ def test_no_more_slots_change_than_endpoints_come_or_move(before, wanted):
     coming = set(wanted) - set(before)
     changed = {i for i, t in enumerate(after) if i >= len(before) or before[i] != t}
     assert len(changed) == len(coming) + len(moved(before, after))
+
+
+repeated = st.lists(st.integers(0, 6).map(target), max_size=30)
+
+
+@fuzzed(200)
+@given(repeated.map(tuple), repeated)
+def test_a_repeated_endpoint_has_as_many_slots_as_it_is_wanted(before, wanted):
+    after = assign(before, wanted)
+    assert Counter(after) == Counter(wanted)
+
+
+@fuzzed(200)
+@given(repeated.map(tuple), repeated)
+def test_repeated_endpoints_change_no_more_slots_than_are_added_or_removed(before, wanted):
+    after = assign(before, wanted)
+    gone, new = Counter(before) - Counter(wanted), Counter(wanted) - Counter(before)
+    common = list(zip(before, after, strict=False))
+    changed = sum(b != a for b, a in common)
+    assert changed <= gone.total()
+    assert changed + max(0, len(after) - len(before)) <= max(gone.total(), new.total())
+    if not gone and not new:
+        assert not before or after is before
 
 
 @fuzzed(100)
