@@ -62,6 +62,7 @@ def _none(path: str, kind: Any, why: str, *usual: object, check: Check | None = 
 _Bit = Annotated[int, msgspec.Meta(ge=0, le=31)]
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _IPVS = "sliceproxy does not use IPVS"
+_SCHEDULER = "a Service asks for an algorithm, by the annotation `sliceproxy.io/algorithm`"
 _WINDOWS = "sliceproxy runs on Linux only"
 _ONE_LIST = "one list and one watch per resource need no limit"
 _JSON = "sliceproxy negotiates the encoding itself"
@@ -189,7 +190,7 @@ FIELDS: tuple[Field, ...] = (
     _none("iptables.minSyncPeriod", Duration, _AT_ONCE, 1, check=checks.not_negative),
     _honoured("ipvs.syncPeriod", Duration, _PERIOD + "ipvs", checks.not_negative),
     _none("ipvs.minSyncPeriod", Duration, _AT_ONCE, check=checks.not_negative),
-    _none("ipvs.scheduler", str, _IPVS, check=one_of(*_SCHEDULERS)),
+    _none("ipvs.scheduler", str, _SCHEDULER, check=one_of(*_SCHEDULERS)),
     _none("ipvs.excludeCIDRs", list[str], _IPVS, check=checks.each_cidr),
     _none("ipvs.strictARP", bool, _IPVS),
     _none("ipvs.tcpTimeout", Duration, _IPVS, check=checks.not_negative),
