@@ -153,11 +153,6 @@ class Shared:
             known = self._slots[key] = before, wanted, assign(before, wanted)
         return known[2]
 
-    def put(self, wanted: Sequence[Target], before: Slots, width: int) -> tuple[Slots, int]:
-        """A list in its slots, and its width."""
-        slots = self.assign(before, wanted)
-        return slots, fitting(len(slots), width)
-
     def moves(self, old: Slots, new: Slots) -> tuple[Move, ...]:
         """The slots that change between two lists that are not empty, in their order."""
         if old is new:
@@ -182,20 +177,31 @@ def _moves(old: Slots, new: Slots) -> Iterator[Move]:
 
 def install(wanted: Wanted, before: Lists = _EMPTY, shared: Shared | None = None) -> Installed:
     """Gives every endpoint a slot and each list its width, keeping what it can of `before`."""
+    if wanted.hashed:
+        return _install_tables(wanted, before)
     shared = shared or Shared()
-    put = _put_table if wanted.hashed else shared.put
-    slots, width = put(wanted.endpoints, before.slots, before.width)
-    inside, inside_width = (
-        put(wanted.inside, before.inside, before.inside_width)
-        if wanted.inside is not None
-        else ((), 0)
+    slots = shared.assign(before.slots, wanted.endpoints)
+    inside = shared.assign(before.inside, wanted.inside) if wanted.inside is not None else ()
+    return Installed(
+        wanted,
+        slots,
+        fitting(len(slots), before.width),
+        inside,
+        fitting(len(inside), before.inside_width) if wanted.inside is not None else 0,
     )
+
+
+def _install_tables(wanted: Wanted, before: Lists) -> Installed:
+    slots, width = _table(wanted.endpoints, before.slots, before.width)
+    if wanted.inside is None:
+        return Installed(wanted, slots, width, (), 0)
+    inside, inside_width = _table(wanted.inside, before.inside, before.inside_width)
     return Installed(wanted, slots, width, inside, inside_width)
 
 
-def _put_table(table: Sequence[Target], before: Slots, width: int) -> tuple[Slots, int]:
+def _table(table: Slots, before: Slots, width: int) -> tuple[Slots, int]:
     """A table in its slots, and its width; an empty one keeps the width."""
-    slots = before if before == table else tuple(table)
+    slots = before if before == table else table
     return slots, len(slots) or (width if width in HASH_WIDTHS else HASH_WIDTHS[0])
 
 

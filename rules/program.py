@@ -224,7 +224,8 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
     if refused or excess or any(lists_.most > MAX_ENDPOINTS for lists_ in lists.values()):
         left_out = _excess(service, around, len(wanted), excess=excess)
         problems = (*_refusals(refused), *left_out, *_cuts(lists))
-    problems += _weight_problems(service, lists, around.place)
+    random = service.balancing.algorithm is Algorithm.RANDOM
+    problems = problems if random else (*problems, *_weight_problems(service, lists, around.place))
     return Program(
         wanted,
         tuple(shared),
@@ -232,7 +233,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
         _frozen(guarded),
         service.created,
         problems,
-        _hashed(service, wanted),
+        _NONE if random else _hashed(service, wanted),
     )
 
 
@@ -288,10 +289,10 @@ def _hashed(service: Service, wanted: Iterable[Claim]) -> frozenset[int]:
 
 def _weight_problems(
     service: Service, lists: Mapping[tuple[int, str, int], PortLists], place: NodeLocation
-) -> tuple[tuple[str, str], ...]:
-    if service.balancing.algorithm is Algorithm.RANDOM:
-        return ()
-    return (*_drained(lists, place), *_rounded(service, lists))
+) -> Iterator[tuple[str, str]]:
+    yield from _drained(lists, place)
+    if service.balancing.algorithm is Algorithm.WEIGHTED:
+        yield from _rounded(lists)
 
 
 def _drained(
@@ -310,11 +311,7 @@ def _drained(
         )
 
 
-def _rounded(
-    service: Service, lists: Mapping[tuple[int, str, int], PortLists]
-) -> Iterator[tuple[str, str]]:
-    if service.balancing.algorithm is not Algorithm.WEIGHTED:
-        return
+def _rounded(lists: Mapping[tuple[int, str, int], PortLists]) -> Iterator[tuple[str, str]]:
     rounded = []
     for key, found in lists.items():
         for selection in (found.cluster, found.local):
@@ -359,27 +356,31 @@ def _wanted(service: Service, frontend: Frontend, lists: PortLists, around: Surr
     elements = [*_answer(frontend, lists), *_guard(service, frontend, around)]
     if service.affinity_seconds:
         elements.append(_remembered(service, frontend))
+    selection = lists.local if frontend.local else lists.cluster
+    endpoints, inside = selection.targets, None
+    if frontend.external and frontend.local:
+        inside = lists.cluster.targets
     algorithm = service.balancing.algorithm
+    if algorithm is not Algorithm.RANDOM:
+        endpoints = _in_slots(algorithm, endpoints, lists)
+        inside = None if inside is None else _in_slots(algorithm, inside, lists)
     return Wanted(
         frontend,
         _style(frontend, around),
         bool(service.affinity_seconds),
-        _in_slots(algorithm, lists, lists.local if frontend.local else lists.cluster),
-        _in_slots(algorithm, lists, lists.cluster)
-        if frontend.external and frontend.local
-        else None,
+        endpoints,
+        inside,
         _frozen(elements),
         lists.serving,
         algorithm is Algorithm.SOURCE_HASH,
     )
 
 
-def _in_slots(algorithm: Algorithm, lists: PortLists, selection: Selection) -> tuple[Target, ...]:
+def _in_slots(
+    algorithm: Algorithm, targets: tuple[Target, ...], lists: PortLists
+) -> tuple[Target, ...]:
     """What slots shall hold. The same object for all frontends of a port (`diff.Shared`)."""
-    targets = selection.targets
-    if algorithm is Algorithm.RANDOM:
-        return targets
-    return slots_for(algorithm, targets, tuple(lists.weights[target] for target in targets))
+    return slots_for(algorithm, targets, tuple([lists.weights[target] for target in targets]))
 
 
 def _style(frontend: Frontend, around: Surroundings) -> str:

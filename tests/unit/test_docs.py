@@ -27,6 +27,7 @@ from tests.console import (
 )
 
 VERBS = {
+    "annotate",
     "apply",
     "delete",
     "exec",
