@@ -45,6 +45,7 @@ from rules.program import Claim
 from rules.stale_flows import Look, Serving
 from rules.state import KernelView, State
 from rules.tables import FAMILIES, SETS
+from rules.text import CATCH_ALL
 from rules.transaction import Transaction, commands
 
 Log = structlog.typing.FilteringBoundLogger
@@ -357,11 +358,21 @@ class Loop:
         self._apply(transaction, started, compared=True)
         if self._disturbed and transaction:
             self._recorder.repaired()
+            self._log.warning("tables_repaired", **_summary(transaction, self.state))
             self._note("repaired", "another process changed the tables", transaction)
         self._doubt = self._disturbed = self._outgrown = False
         self._keep_heap()
+        self._clear_switches()
         self._forget_clients(FAMILIES)
         self._look_for_stale_flows(transaction.change.stale_udp, everything=True)
+
+    def _clear_switches(self) -> None:
+        """Deletes what only another process adds to the sets that say that a map is full: an
+        element for all keys. They are not read, as rules write them."""
+        for table in self.state.tables():
+            for owner in table.sets:
+                if owner is SETS[table.family].affinity_full:
+                    self._kernel.destroy(owner, [(CATCH_ALL, None)])
 
     @staticmethod
     def _keep_heap() -> None:

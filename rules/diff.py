@@ -26,7 +26,7 @@ from rules.slots import HASH_WIDTHS, LADDER, Slots, assign, fitting, packed_slot
 from rules.stale_flows import Serving, is_udp, must_look
 from rules.tables import PLAIN, SETS, balancer, width_of
 from rules.target import Target
-from rules.text import Element, Key, Value
+from rules.text import CATCH_ALL, Element, Key, Value
 
 
 class Additions:
@@ -388,6 +388,8 @@ def restored(family: int, have: Elements) -> dict[Claim, Lists]:
         )
         inside_verdict = have.get(inside_verdicts, {})
         for key, chain in have.get(verdicts, {}).items():
+            if key == CATCH_ALL:  # not ours
+                continue
             result[Claim(verdicts, key)] = Lists(
                 _dense(slots.get(key)),
                 _width(chain),

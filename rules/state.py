@@ -81,7 +81,7 @@ from rules.selection import service_is_ours, slice_is_ours
 from rules.stale_flows import Serving, is_udp
 from rules.tables import FAMILIES, SETS, Layout, build
 from rules.target import address_of
-from rules.text import Key, Value
+from rules.text import CATCH_ALL, Key, Value
 from rules.transaction import TableChange, TableContents, Transaction, table_change
 
 _Used = TypeVar("_Used", bound=Hashable)
@@ -653,7 +653,7 @@ class State:
 
         `key` is client, original destination, protocol, port; `value` the target.
         """
-        if not isinstance(value, bytes):
+        if key == CATCH_ALL or not isinstance(value, bytes):
             return False
         length = len(address_of(value))
         client, where = key[:length], Destination.of(key[length:])

@@ -39,6 +39,9 @@ from rules.language import (
 from rules.objects import PROTOCOL_NAMES
 
 Key = bytes
+CATCH_ALL: Key = b""
+"""The key of an element for all keys that have none, written `*`. We have no such elements, but
+another process may add one (Linux 5.13)."""
 Value = bytes | str | None
 """An element's data: a target's bytes, the chain of a verdict's goto, the inclusive upper end of a
 range, or nothing."""
@@ -173,6 +176,8 @@ def field(described: Field) -> str:
 def element(owner: Set, item: Element) -> str:
     """One element, as it is written between braces."""
     key, value = item
+    if key == CATCH_ALL:
+        return "*"
     if owner.interval:
         assert isinstance(value, bytes)
         return " . ".join(_ranges(owner.key, key, value))

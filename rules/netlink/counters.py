@@ -115,6 +115,8 @@ def decode_counts(owner: Set, payload: bytes) -> Iterator[tuple[Key, Count]]:
 def _decode_count(owner: Set, element: bytes) -> Iterator[tuple[Key, Count]]:
     found = fields(element)
     expression = fields(found.get(NFTA_SET_ELEM_EXPR, b""))
+    if NFTA_SET_ELEM_KEY not in found:  # another process's element for all other keys
+        return
     if NFTA_EXPR_DATA not in expression or expression.get(NFTA_EXPR_NAME) != b"counter\0":
         return
     key = fields(found[NFTA_SET_ELEM_KEY])[NFTA_DATA_VALUE]

@@ -15,6 +15,7 @@ from rules.netlink.attributes import Malformed, attribute, attributes, integer, 
 from rules.netlink.expressions import verdict_data
 from rules.netlink.nftables import (
     NFT_GOTO,
+    NFT_SET_ELEM_CATCHALL,
     NFT_SET_ELEM_INTERVAL_END,
     NFTA_DATA_VALUE,
     NFTA_DATA_VERDICT,
@@ -26,7 +27,7 @@ from rules.netlink.nftables import (
     NFTA_VERDICT_CHAIN,
 )
 from rules.slots import packed_slot
-from rules.text import Element, Key, Value
+from rules.text import CATCH_ALL, Element, Key, Value
 
 _KEY_START = 12  # three headers: the list's element, NFTA_SET_ELEM_KEY, NFTA_DATA_VALUE
 
@@ -73,6 +74,9 @@ def encode_slots(
         yield bytes(pending)
 
 
+_CATCH_ALL = _element(u32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL))
+
+
 @cache
 def _around_key(owner: Set) -> tuple[bytes, bytes]:
     """The bytes before and after the key in an element that has nothing else."""
@@ -108,12 +112,15 @@ def encode_keys(owner: Set, elements: Iterable[Element]) -> list[bytes]:
     if owner.interval:
         return [part for e in elements for part in _encode_range(owner, e)]
     head, padding = _around_key(owner)
-    return [head + key + padding for key, _ in elements]
+    return [head + key + padding if key else _CATCH_ALL for key, _ in elements]
 
 
 def _encode_range(owner: Set, element: Element) -> Iterator[bytes]:
     """A range: with both ends where keys are concatenated, else as a start and an end element."""
     low, high = element
+    if low == CATCH_ALL:
+        yield _CATCH_ALL
+        return
     assert isinstance(high, bytes)
     if len(owner.key) > 1:
         end = nest(NFTA_SET_ELEM_KEY_END, attribute(NFTA_DATA_VALUE, high))
@@ -130,7 +137,8 @@ def decode_elements(owner: Set, payload: bytes) -> Iterator[Element]:
     """The elements in the NFTA_SET_ELEM_LIST_ELEMENTS attribute of a dump.
 
     Ranges of single keys are pairs of start and end elements, which `join_ranges` makes into
-    ranges. Raises Malformed, also for keys and data that do not have the set's length.
+    ranges. The element for all other keys, which we never add, has the key CATCH_ALL. Raises
+    Malformed, also for keys and data that do not have the set's length.
     """
     if owner.data and not owner.dynamic:
         yield from _decode_fixed(owner, payload)
@@ -177,6 +185,8 @@ def _decode_element(owner: Set, key_length: int, data_length: int, content: byte
             value = _inner(payload)
         elif kind == NFTA_SET_ELEM_FLAGS:
             flags = integer(payload)
+    if flags & NFT_SET_ELEM_CATCHALL:
+        return CATCH_ALL, value
     if len(key) != key_length:
         raise Malformed(f"a key of {len(key)} bytes in {owner.name}")
     if flags & NFT_SET_ELEM_INTERVAL_END:
@@ -210,7 +220,9 @@ def join_ranges(elements: Iterable[Element]) -> dict[Key, Value]:
     start: bytes | None = None
     # at one address the end of a range sorts before the start of the next
     for key, value in sorted(elements, key=lambda e: (e[0], e[1] != END)):
-        if value != END:
+        if key == CATCH_ALL:
+            ranges[key] = value
+        elif value != END:
             start = key
         elif start is not None:
             ranges[start] = (int.from_bytes(key, "big") - 1).to_bytes(len(key), "big")

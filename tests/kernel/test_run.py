@@ -18,8 +18,22 @@ import pytest
 
 from agent.kernel.tables import Kernel
 from lab.world import World
-from rules.netlink.nftables import NFNLGRP_NFTABLES, NFT_MSG_DELSETELEM, NFT_MSG_NEWSETELEM
-from rules.tables import SETS
+from rules.netlink.attributes import attribute, nest, u32
+from rules.netlink.batch import Batch
+from rules.netlink.expressions import verdict_data
+from rules.netlink.messages import NLM_F_CREATE
+from rules.netlink.nftables import (
+    NF_DROP,
+    NFNLGRP_NFTABLES,
+    NFT_MSG_DELSETELEM,
+    NFT_MSG_NEWSETELEM,
+    NFT_SET_ELEM_CATCHALL,
+    NFTA_DATA_VALUE,
+    NFTA_LIST_ELEM,
+    NFTA_SET_ELEM_DATA,
+    NFTA_SET_ELEM_FLAGS,
+)
+from rules.tables import SETS, TABLE
 from rules.target import target_of
 from tests.kernel.agent import PATIENCE, Agent, Connections, write
 from tests.kernel.namespaces import notifications
@@ -277,6 +291,52 @@ def test_damage_between_a_start_and_the_first_lists_is_repaired(
         assert line["elements"] == "endpoints +2"
         assert not agent.wait("read_ahead", since=first)["used"]
         assert answers(world)
+
+
+def add_to_every_set(kernel: Kernel) -> int:
+    """Adds the element for all other keys to all our sets; returns to how many. nft 1.0.6 aborts
+    on some of them."""
+    batch, count = Batch(), 0
+    flags = u32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL)
+    for family, sets in SETS.items():
+        names = kernel.set_names(family)
+        for owner in (o for o in (*sets.always, *sets.sticky) if o.name in names):
+            data = b""
+            if owner.verdicts:
+                data = nest(NFTA_SET_ELEM_DATA, verdict_data(NF_DROP))
+            elif owner.data:
+                value = attribute(NFTA_DATA_VALUE, bytes(owner.data_length))
+                data = nest(NFTA_SET_ELEM_DATA, value)
+            encoded = [nest(NFTA_LIST_ELEM, flags, data)]
+            batch._elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, TABLE, owner, encoded)
+            count += 1
+    kernel.send(batch)
+    return count
+
+
+@pytest.mark.parametrize("while_it_runs", [True, False])
+def test_elements_for_all_other_keys_that_another_process_added_are_removed(
+    world: World, place: Path, while_it_runs: bool
+) -> None:
+    """In every set and map of both families; noticed as it happens, and after a start."""
+    sticky = documents(1, 2, sessionAffinity="ClientIP")
+    write(place, *sticky)
+    with Agent(world, place, "--no-own") as agent:
+        agent.wait("programmed")
+        first = len(agent.lines)
+        if not while_it_runs:
+            agent.kill()
+        with world.run("node", lambda: Kernel(own=False)) as other:
+            added = add_to_every_set(other)
+        if not while_it_runs:
+            assert nft(world, "list", "ruleset").stdout.count("*") == added > 40
+        if not while_it_runs:
+            first = agent.restart()
+        until(lambda: "*" not in nft(world, "list", "ruleset").stdout)
+        if while_it_runs:
+            agent.wait("tables_repaired", since=first)
+        until(lambda: answers(world))
+        assert not any(line["event"] == "programming_failed" for line in agent.lines)
 
 
 def test_switching_ownership_keeps_services_up(world: World, place: Path) -> None:
