@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,10 +25,9 @@ from rules.language import Set
 from rules.netlink.counters import Count
 from rules.state import State
 from rules.text import Key
+from tests.browser.chromium import Page, chromium, lacks
 from tests.manifest import node
 from tests.unit.fakes.flow_watch import FakeFlowWatch
-
-PATIENCE = 20.0
 
 
 def _free_port() -> int:
@@ -152,67 +149,12 @@ def backend() -> Iterator[Backend]:
         yield made
 
 
-class Page:
-    """The page in a browser."""
-
-    def __init__(self, driver: Any, url: str) -> None:
-        self.driver = driver
-        self.url = url
-
-    def open(self, route: str = "") -> None:
-        self.driver.get("about:blank")
-        self.driver.get(self.url + route)
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    @property
-    def text(self) -> str:
-        return str(self.run("return document.body.innerText"))
-
-    def until(self, condition: Callable[[], Any]) -> Any:
-        """The first true value of a condition."""
-        deadline = time.monotonic() + PATIENCE
-        while not (found := condition()):
-            assert time.monotonic() < deadline, self.text[:2000]
-            time.sleep(0.01)
-        return found
-
-    def shows(self, *words: str) -> None:
-        """Waits until the page has all these words."""
-        self.until(lambda: all(word in self.text for word in words))
-
-    def press(self, *keys: str) -> None:
-        """Keys for whatever has the focus."""
-        for key in keys:
-            self.driver.switch_to.active_element.send_keys(key)
-
-    def errors(self) -> list[str]:
-        """What the browser complains about."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-
 @pytest.fixture(scope="session")
 def _driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver: Any = pytest.importorskip(
-        "selenium.webdriver", reason="needs selenium, the extra `browser`"
-    )
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip("needs chromium and chromedriver (tools/need-test-tools)")
-    profile: Path = tmp_path_factory.mktemp("chromium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run"),
-        *("disable-background-networking", "disable-component-update", "disable-sync"),
-        *("no-proxy-server", "window-size=1280,800", f"user-data-dir={profile}"),
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=driver)
-    with webdriver.Chrome(options=options, service=service) as made:
-        yield made
+    if lacking := lacks():
+        pytest.skip(lacking)
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from rules.events import Delete, Upsert
 from rules.flow_report import Lost, NewConnection
 from rules.objects import Name, Service
 from rules.target import target_of
-from tests.browser.conftest import Backend, Page
+from tests.browser.chromium import Page
+from tests.browser.conftest import Backend
 from tests.manifest import endpoint, endpoint_slice, service
 
 Keys = pytest.importorskip("selenium.webdriver", reason="needs selenium, the extra `browser`").Keys

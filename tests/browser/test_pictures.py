@@ -14,7 +14,8 @@ import pytest
 from rules.events import Event, Upsert
 from rules.flow_report import NewConnection
 from rules.target import target_of
-from tests.browser.conftest import Backend, Page
+from tests.browser.chromium import Page
+from tests.browser.conftest import Backend
 from tests.manifest import endpoint, endpoint_slice, service
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
