@@ -865,6 +865,8 @@ def _field_test(term: str) -> Callable[[Document], bool]:
     match path:
         case "metadata.name":
             return lambda item: item["metadata"]["name"] == value
+        case "metadata.namespace":
+            return lambda item: item["metadata"].get("namespace", "") == value
         case "spec.clusterIP!":
             return lambda item: item["spec"].get("clusterIP") != value
     raise AssertionError(f"{path}{operator}")

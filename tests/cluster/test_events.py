@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -41,6 +41,11 @@ class Clock:
         return self.now
 
 
+def created(server: ApiServer) -> int:
+    """How often the server was asked to create an Event."""
+    return sum(seen.verb == "create" for seen in server.seen)
+
+
 class Posting:
     """A poster with a server. `lines` are what it logs, above debug unless `debug`."""
 
@@ -67,9 +72,9 @@ class Posting:
 
     def post(self, *problems: Problem) -> None:
         """Posts, and waits until the server has been asked as often as there are problems."""
-        before = len(self.server.seen)
+        before = created(self.server)
         self.poster.opened(problems)
-        self.server.wait_for(lambda: len(self.server.seen) >= before + len(problems))
+        self.server.wait_for(lambda: created(self.server) >= before + len(problems))
 
 
 @contextmanager
@@ -108,6 +113,57 @@ def test_a_problem_is_an_event_on_its_object(server: ApiServer) -> None:
     assert event["reportingInstance"] == "sliceproxy-node-1"
 
 
+def found_by_describe(server: ApiServer, document: dict[str, Any]) -> list[str]:
+    """The reasons of the Events that `kubectl describe` prints: those whose name, namespace, kind
+    and UID are the object's (GetFieldSelector in client-go's events client)."""
+    metadata = document["metadata"]
+    wanted = {
+        "name": metadata["name"],
+        "namespace": metadata.get("namespace"),
+        "kind": document["kind"],
+        "uid": metadata["uid"],
+    }
+    return [
+        event["reason"]
+        for event in server.events.values()
+        if {key: event["regarding"].get(key) for key in wanted} == wanted
+    ]
+
+
+def with_uid(document: dict[str, Any], uid: str) -> dict[str, Any]:
+    document["metadata"]["uid"] = uid
+    return document
+
+
+def test_kubectl_describe_finds_the_events_by_the_objects_uid(server: ApiServer) -> None:
+    """Of a Service and of a Node; another namespace's Service of that name has none."""
+    web = with_uid(service_document("web", namespace="shop"), "uid-of-shop-web")
+    twin = with_uid(service_document("web", namespace="other"), "uid-of-other-web")
+    node = with_uid(node_document(), "uid-of-node-1")
+    server.put(web, twin, node)
+    with posting(server) as to:
+        to.post(WEB, Problem(NODE_UNKNOWN, Subject("Node", "node-1"), "x"))
+    assert found_by_describe(server, web) == ["AddressConflict"]
+    assert found_by_describe(server, node) == ["NodeUnknown"]
+    assert found_by_describe(server, twin) == []
+
+
+def test_an_object_is_asked_for_with_the_rights_to_list_it(server: ApiServer) -> None:
+    """One list of one object for each Event, so posting needs no right but to create Events. An
+    object that cannot be listed, or does not exist, has an Event without a UID."""
+    server.put(with_uid(service_document("web", namespace="shop"), "u"))
+    with posting(server) as to:
+        to.post(WEB)
+    assert [(seen.verb, seen.resource) for seen in server.seen] == [
+        *(("list", "services"), ("create", "events")),
+    ]
+    server.forbidden.add(("list", "services"))
+    with posting(server) as to:
+        to.post(other(1))
+    events = [event["regarding"].get("uid") for event in server.events.values()]
+    assert events == ["u", None]
+
+
 def test_an_event_about_a_node_is_in_the_namespace_default(server: ApiServer) -> None:
     node = Problem(NODE_UNKNOWN, Subject("Node", "node-1"), "no such Node")
     with posting(server) as to:
@@ -123,7 +179,7 @@ def test_nodes_that_find_the_same_problem_make_one_event(server: ApiServer) -> N
             to.post(WEB)
         assert to.lines == []
     assert len(server.events) == 1
-    assert len(server.seen) == 2
+    assert created(server) == 2
 
 
 def test_a_problem_that_opens_again_is_posted_again_only_after_an_hour(server: ApiServer) -> None:
@@ -131,7 +187,7 @@ def test_a_problem_that_opens_again_is_posted_again_only_after_an_hour(server: A
         to.post(WEB)
         to.poster.opened([WEB])
         to.post(other(1))  # in order: the server has been asked twice, not three times
-        assert len(server.seen) == 2
+        assert created(server) == 2
         to.clock.now += REPEAT_SECONDS
         to.post(WEB)
 
@@ -155,7 +211,7 @@ def test_forbidden_is_one_line_and_then_silence(server: ApiServer) -> None:
     (line,) = to.lines
     assert (line["level"], line["event"]) == ("warning", "events_forbidden")
     assert 'cannot create resource "events"' in line["answer"]
-    assert len(server.seen) == 1
+    assert created(server) == 1
 
 
 def test_a_namespace_that_is_deleted_silences_no_others(server: ApiServer) -> None:
@@ -184,9 +240,9 @@ def test_errors_and_a_server_that_is_away_are_debug_lines(server: ApiServer) -> 
 def test_so_many_at_once_and_then_one_for_each_interval(server: ApiServer) -> None:
     with posting(server, Pace(burst=3, interval=0.05, spread=0.0)) as to:
         to.poster.opened([other(number) for number in range(10)])
-        server.wait_for(lambda: len(server.seen) == 3)
+        server.wait_for(lambda: created(server) == 3)
         to.clock.now += 0.05
-        server.wait_for(lambda: len(server.seen) == 4)
+        server.wait_for(lambda: created(server) == 4)
         assert len(server.events) == 4
 
 
@@ -201,9 +257,9 @@ def test_what_waits_is_bounded_and_the_caller_never_waits(server: ApiServer) -> 
     threading.Thread(target=many, daemon=True).start()
     assert done.wait(PATIENCE)
     to.poster.start()
-    server.wait_for(lambda: len(server.seen) == QUEUED)
+    server.wait_for(lambda: created(server) == QUEUED)
     assert to.poster.stop(PATIENCE)
-    assert len(server.seen) == QUEUED
+    assert created(server) == QUEUED
 
 
 def test_stopping_does_not_wait_for_the_pace(server: ApiServer) -> None:
@@ -214,9 +270,13 @@ def test_stopping_does_not_wait_for_the_pace(server: ApiServer) -> None:
 
 def test_the_name_depends_on_object_and_problem_alone() -> None:
     now = datetime.now(UTC)
-    name: Callable[[Problem, str], str] = lambda p, node: event_of(p, node, now)["metadata"]["name"]  # noqa: E731
+
+    def name(problem: Problem, node: str, uid: str = "1") -> str:
+        return str(event_of(problem, uid, node, now)["metadata"]["name"])
+
     assert name(WEB, "a") == name(WEB, "b")
     assert name(WEB, "a") != name(Problem("other", WEB.subject, WEB.text), "a")
+    assert name(WEB, "a") != name(WEB, "a", uid="2")  # the Service was deleted and made again
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")

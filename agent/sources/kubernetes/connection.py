@@ -89,16 +89,21 @@ class Connection:
         self._note_status(client, response.status)
         return response
 
-    def post(self, path: str, body: bytes, seconds: float) -> tuple[int, bytes]:
-        """Creates an object from JSON; returns the answer's status and body.
+    def exchange(
+        self, method: str, target: str, seconds: float, body: bytes | None = None
+    ) -> tuple[int, bytes]:
+        """Sends a short request, with a body of JSON; returns the answer's status and body, JSON
+        too. `target` is a path with its query.
 
         Raises ConnectError if credentials are not available, and urllib3's HTTPErrors.
         """
         client, server, headers = self._credentials()
-        headers["Accept"] = headers["Content-Type"] = "application/json"
+        headers["Accept"] = "application/json"
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         response: urllib3.BaseHTTPResponse = client.pool_manager.request(
-            "POST",
-            f"{server}{path}",
+            method,
+            f"{server}{target}",
             body=body,
             headers=headers,
             timeout=urllib3.Timeout(total=seconds),

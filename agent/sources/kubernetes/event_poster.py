@@ -7,6 +7,10 @@ Events (deploy/components/events).
 Every node finds the same problem. So the name of an Event is computed from object and problem: the
 first node creates it, the others are answered that it exists (409). It stays until the API server
 removes it, an hour by default; problems that are open now are in `sliceproxy status`.
+
+`kubectl describe` finds Events by the object's UID. The agent keeps no UIDs, which no rule needs:
+it asks for the object when an Event is about to be posted. That is a list of one, which takes no
+right that the agent does not have already.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlencode
 
+import msgspec
 import structlog
 
 from agent.worker import Failed, Worker
@@ -43,12 +50,13 @@ REPORTER = "sliceproxy"
 
 _NOTE = 1000  # the API allows 1,024 bytes
 _NAME = 200  # of an object, in the name of an Event, which has at most 253 characters
-_VERSIONS = {
-    "Service": "v1",
-    "Node": "v1",
-    "EndpointSlice": "discovery.k8s.io/v1",
-    "ServiceCIDR": "networking.k8s.io/v1",
+_RESOURCES = {
+    "Service": ("v1", "/api/v1/services"),
+    "Node": ("v1", "/api/v1/nodes"),
+    "EndpointSlice": ("discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/endpointslices"),
+    "ServiceCIDR": ("networking.k8s.io/v1", "/apis/networking.k8s.io/v1/servicecidrs"),
 }
+"""apiVersion and path of each kind that may have problems."""
 
 
 class Pace(NamedTuple):
@@ -60,11 +68,13 @@ class Pace(NamedTuple):
     spread: float = 5.0
 
 
-class Poster(Protocol):
-    """Sends a POST; returns status and body. Raises an exception if there is no answer."""
+class Exchanges(Protocol):
+    """Sends a request; returns status and body. Raises an exception if there is no answer."""
 
-    def post(self, path: str, body: bytes, seconds: float) -> tuple[int, bytes]:
-        """As `Connection.post`."""
+    def exchange(
+        self, method: str, target: str, seconds: float, body: bytes | None = None
+    ) -> tuple[int, bytes]:
+        """As `Connection.exchange`."""
 
 
 class EventPoster(Worker):
@@ -73,7 +83,7 @@ class EventPoster(Worker):
 
     def __init__(
         self,
-        connection: Poster,
+        connection: Exchanges,
         node: str,
         log: Log,
         failed: Failed,
@@ -127,10 +137,11 @@ class EventPoster(Worker):
         """Posts one Event. Returns whether to go on."""
         if self.pause(random.uniform(0, self._pace.spread)) or not self._take_token():
             return False
-        event = event_of(problem, self._node, datetime.now(UTC))
-        path = f"/apis/events.k8s.io/v1/namespaces/{event['metadata']['namespace']}/events"
         try:
-            status, body = self._connection.post(path, json.dumps(event).encode(), REQUEST_SECONDS)
+            event = event_of(problem, self._uid(problem), self._node, datetime.now(UTC))
+            path = f"/apis/events.k8s.io/v1/namespaces/{event['metadata']['namespace']}/events"
+            data = json.dumps(event).encode()
+            status, body = self._connection.exchange("POST", path, REQUEST_SECONDS, data)
         except Exception as error:  # whatever the connection raises: the next one may be answered
             self._log.debug("event_not_posted", object=str(problem.subject), reason=str(error))
             return True
@@ -147,6 +158,24 @@ class EventPoster(Worker):
             self._log.debug("event_not_posted", object=str(problem.subject), reason=reason)
         return True
 
+    def _uid(self, problem: Problem) -> str:
+        """The UID of the object that has the problem; "" if there is no such object, or if the
+        API server does not say. Raises what the connection raises."""
+        kind, name, _ = problem.subject
+        if kind not in _RESOURCES:
+            return ""
+        namespace, slash, own_name = name.rpartition("/")
+        fields = f"metadata.name={own_name}" + (f",metadata.namespace={namespace}" if slash else "")
+        query = urlencode({"fieldSelector": fields, "resourceVersion": "0"})  # from its cache
+        target = f"{_RESOURCES[kind][1]}?{query}"
+        status, body = self._connection.exchange("GET", target, REQUEST_SECONDS)
+        if status != HTTPStatus.OK:
+            return ""
+        with suppress(msgspec.MsgspecError):
+            for item in msgspec.json.decode(body, type=_List).items:
+                return item.metadata.uid
+        return ""
+
     def _take_token(self) -> bool:
         """Waits until the pace allows the next one; false if the worker is to stop."""
         while True:
@@ -161,16 +190,31 @@ class EventPoster(Worker):
                 return False
 
 
-def event_of(problem: Problem, node: str, now: datetime) -> dict[str, Any]:
-    """The Event (events.k8s.io/v1) about a problem, as a document."""
+class _Metadata(msgspec.Struct):
+    uid: str = ""
+
+
+class _Item(msgspec.Struct):
+    metadata: _Metadata
+
+
+class _List(msgspec.Struct):
+    items: list[_Item]
+
+
+def event_of(problem: Problem, uid: str, node: str, now: datetime) -> dict[str, Any]:
+    """The Event (events.k8s.io/v1) about a problem of the object with this UID, as a document."""
     kind, name, _ = problem.subject
     namespace, slash, own_name = name.rpartition("/")
     # Events about objects without namespace are in "default" (the API refuses others)
     place = namespace if slash else "default"
-    regarding = {"kind": kind, "name": own_name, "apiVersion": _VERSIONS.get(kind, "v1")}
+    version, _ = _RESOURCES.get(kind, ("v1", ""))
+    regarding = {"kind": kind, "name": own_name, "apiVersion": version}
     if slash:
         regarding["namespace"] = namespace
-    digest = hashlib.sha256(f"{kind} {name} {problem.code}".encode()).hexdigest()[:16]
+    if uid:
+        regarding["uid"] = uid
+    digest = hashlib.sha256(f"{kind} {name} {uid} {problem.code}".encode()).hexdigest()[:16]
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
