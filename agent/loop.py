@@ -397,7 +397,8 @@ class Loop:
             elements=self.state.element_counts if compared else None,
         )
         if transaction.tables:
-            self._recorder.tables_changed(self.state.tables())
+            owned = {family: self._kernel.owns(family) for family in self._kernel.families}
+            self._recorder.tables_changed(self.state.tables(), owned)
         if self._history:
             self._history.record(self.state.changes, time.time(), transaction.change.operations)
         self.state.changes.clear()

@@ -315,7 +315,13 @@ def _source(
     if settings.post_events:
         from agent.sources.kubernetes.event_poster import EventPoster
 
-        poster = EventPoster(connection, chosen.node, logger, failed)
+        poster = EventPoster(
+            connection,
+            chosen.node,
+            logger,
+            failed,
+            requested=served.reports.recorder.requested,
+        )
         served.following.post = poster.opened
         start(poster)
     return follower

@@ -146,6 +146,11 @@ class Kernel(TableReader):
         """Whether a table has the ownership that this connection gives its tables."""
         return bool(found.flags & OWNED) == bool(self.table_flags)
 
+    def owns(self, family: int) -> bool:
+        """Whether the kernel has this connection as the owner of the family's table."""
+        info = self.info(family)
+        return info is not None and info[1] == self.port
+
     # session affinity
 
     def destroy(self, owner: Set, elements: Sequence[Element]) -> None:

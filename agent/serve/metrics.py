@@ -149,8 +149,9 @@ class Recorder:
         answer, `kernel_seconds` the kernel's part. `elements`, of a full sync only, is how many
         there are now."""
 
-    def tables_changed(self, tables: Iterable[Table]) -> None:
-        """The current tables; called when one changes."""
+    def tables_changed(self, tables: Iterable[Table], owned: Mapping[int, bool]) -> None:
+        """The current tables, and by family whether the agent is the owner of the kernel's one;
+        called when one changes."""
 
     def failed(self) -> None:
         """The kernel refused a transaction."""
@@ -489,9 +490,10 @@ class Metrics(Recorder):
         self._triggers.clear()
         self._services = self._endpoints = 0
 
-    def tables_changed(self, tables: Iterable[Table]) -> None:
+    def tables_changed(self, tables: Iterable[Table], owned: Mapping[int, bool]) -> None:
         """See Recorder."""
         self.now.rules = {t.family: t.rule_count for t in tables}
+        self.now.owned = dict(owned)
 
     def failed(self) -> None:
         """See Recorder."""
@@ -568,6 +570,7 @@ class _Now:
     ) -> None:
         self.elements: dict[Set, int] = {}
         self.rules: dict[int, int] = {}
+        self.owned: dict[int, bool] = {}
         self.watches: Callable[[], Iterable[Watch]] | None = None
         self._heartbeat = heartbeat
 
@@ -587,6 +590,14 @@ class _Now:
         for family, count in self.rules.copy().items():
             rules.add_metric([IP_FAMILY[family]], count)
         yield rules
+        owned = GaugeMetricFamily(
+            "sliceproxy_table_owned",
+            "Whether the kernel lets no other process change the table of a family",
+            labels=["family"],
+        )
+        for family, is_owned in self.owned.copy().items():
+            owned.add_metric([IP_FAMILY[family]], is_owned)
+        yield owned
         health = self._heartbeat.health()
         yield GaugeMetricFamily(
             "sliceproxy_ready", "Whether /readyz answers 200", value=not health.not_ready

@@ -54,6 +54,7 @@ class Posting:
         self.clock = Clock()
         self.lines: list[dict[str, Any]] = []
         self.failed: list[Exception] = []
+        self.requests: list[tuple[str, int | str]] = []
         log = structlog.wrap_logger(
             structlog.PrintLogger(), processors=[self._take], wrapper_class=structlog.BoundLogger
         )
@@ -62,6 +63,7 @@ class Posting:
             "node-1",
             log,
             lambda _, error: self.failed.append(error),
+            requested=lambda method, code, *_: self.requests.append((method, code)),
             pace=pace,
             clock=self.clock,
         )
@@ -154,6 +156,7 @@ def test_an_object_is_asked_for_with_the_rights_to_list_it(server: ApiServer) ->
     server.put(with_uid(service_document("web", namespace="shop"), "u"))
     with posting(server) as to:
         to.post(WEB)
+    assert to.requests == [("GET", 200), ("POST", 201)]  # as the metrics of requests have them
     assert [(seen.verb, seen.resource) for seen in server.seen] == [
         *(("list", "services"), ("create", "events")),
     ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -204,6 +206,24 @@ def test_health_before_the_first_programming_and_with_tables_of_an_earlier_run(
         write(place, *documents())
         agent.wait("verified", since=first)
         assert statuses(world, *asked) == ["200"] * 3
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-own",)])
+def test_a_metric_says_whether_the_tables_are_owned(
+    world: World, place: Path, flags: tuple[str, ...]
+) -> None:
+    """As the kernel reports their owner."""
+
+    def owned() -> set[str]:
+        with urlopen("http://127.0.0.1:10249/metrics") as answer:
+            text = answer.read().decode()
+        return set(re.findall(r"^sliceproxy_table_owned\{.*", text, re.MULTILINE))
+
+    with Agent(world, place, *flags) as agent:
+        agent.wait("programmed")
+        value = "0.0" if flags else "1.0"
+        wanted = {f'sliceproxy_table_owned{{family="{f}"}} {value}' for f in ("IPv4", "IPv6")}
+        assert world.run("node", owned) == wanted
 
 
 def test_what_uses_the_metrics_port_of_kube_proxy_finds_the_mode(world: World, place: Path) -> None:

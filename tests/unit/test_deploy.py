@@ -154,7 +154,7 @@ def valid(resources: Resources) -> None:
     """By the schemas of all versions; kinds that Kubernetes does not have are left out."""
     for version in VERSIONS:
         for (kind, _), document in resources.items():
-            if kind == "PodMonitor":
+            if kind in ("PodMonitor", "PrometheusRule"):
                 with pytest.raises(SchemaNotFoundError):
                     kubernetes_validate.validate(document, version, strict=True)
             else:
@@ -283,6 +283,17 @@ def test_podmonitor_names_a_port_that_is_open(tmp_path: Path) -> None:
     assert endpoint["port"] == "metrics"
     labels = daemon_set(resources)["spec"]["template"]["metadata"]["labels"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+
+
+@needs_kustomize
+def test_alerts_are_a_component(tmp_path: Path) -> None:
+    """With the metrics that they need."""
+    resources = with_component(tmp_path, "podmonitor", "alerts")
+    valid(resources)
+    rule = resources["PrometheusRule", "sliceproxy"]
+    assert rule["metadata"]["namespace"] == "kube-system"
+    alerts = [one["alert"] for group in rule["spec"]["groups"] for one in group["rules"]]
+    assert "SliceproxyNotReady" in alerts
 
 
 @needs_kustomize

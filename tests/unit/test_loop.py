@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -21,11 +21,11 @@ from agent.serve.health import Heartbeat
 from agent.serve.metrics import Recorder
 from rules.events import Delete, Event, NodeAddresses, Synced, Upsert
 from rules.health_check import HealthCheck
-from rules.language import Set
+from rules.language import Set, Table
 from rules.objects import EndpointSlice, Name, Service
 from rules.options import Options
 from rules.state import State
-from rules.tables import SETS
+from rules.tables import FAMILIES, SETS
 from rules.text import Element
 from tests.manifest import endpoint, endpoint_slice, node, service
 from tests.unit.fakes.kernel import FakeKernel, FakeNetfilter
@@ -54,6 +54,10 @@ class Seen(Recorder):
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.then: list[Callable[[], None]] = []
+        self.owned: Mapping[int, bool] = {}
+
+    def tables_changed(self, tables: Iterable[Table], owned: Mapping[int, bool]) -> None:
+        self.owned = owned
 
     def programmed(self, *_: object, **__: object) -> None:
         self.calls.append("programmed")
@@ -323,6 +327,15 @@ def test_a_change_of_another_process_that_the_kernel_reports_as_stale_is_repaire
     assert node_.events() == ["programmed", "tables_changed", "programmed", "tables_repaired"]
     assert node_.seen.calls == ["programmed", "programmed", "repaired"]
     node_.check()
+
+
+def test_who_owns_the_tables_is_reported_as_the_kernel_has_it() -> None:
+    node_ = Node()
+    node_.then(Stop())
+    node_.run(START)
+    assert node_.seen.owned == {4: True, 6: True}
+    node_.netfilter.tables[4].owner = 0
+    assert [node_.kernel.owns(family) for family in FAMILIES] == [False, True]
 
 
 @pytest.mark.parametrize("damage", ["element added", "element deleted", "table deleted"])

@@ -215,6 +215,7 @@ OURS: dict[str, tuple[str, set[str]]] = {
     "sliceproxy_watch_errors": ("counter", {"resource"}),
     "sliceproxy_repairs": ("counter", set()),
     "sliceproxy_rules": ("gauge", {"family"}),
+    "sliceproxy_table_owned": ("gauge", {"family"}),
     "sliceproxy_start_seconds": ("gauge", set()),
     "sliceproxy_build_info": ("gauge", {"version", "python", "kernel"}),
 }
@@ -223,7 +224,7 @@ OURS: dict[str, tuple[str, set[str]]] = {
 def exercise(metrics: Recorder) -> None:
     metrics.received([Upsert(service()), Upsert(piece()), Synced()], time.monotonic())
     metrics.programmed(step({SETS[4].endpoints: 2}), 0.01, 0.001)
-    metrics.tables_changed([build(Layout(4)), build(Layout(6))])
+    metrics.tables_changed([build(Layout(4)), build(Layout(6))], {4: True, 6: False})
     metrics.failed()
     metrics.repaired()
     metrics.local_endpoints_missing({(4, "external"): 3})

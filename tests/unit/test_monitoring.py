@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ RULES: list[dict[str, Any]] = [
 ]
 DASHBOARD: dict[str, Any] = json.loads((MONITORING / "dashboard.json").read_text())
 EXPRESSIONS = {rule["alert"]: rule["expr"] for rule in RULES} | {
-    panel["title"]: target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]
+    f"{panel['title']} {target['refId']}": target["expr"]
+    for panel in DASHBOARD["panels"]
+    for target in panel["targets"]
 }
 OTHERS = {
     "kube-state-metrics": {
@@ -40,22 +43,45 @@ OTHERS = {
     "Prometheus": {"up"},
 }
 METRIC = re.compile(
-    r"\b(?:(?:sliceproxy|kubeproxy|rest_client|kube|node)_[a-z0-9_]+|up)\b(?=[ {\[)])"
+    r"\b(?:(?:sliceproxy|kubeproxy|rest_client|process|kube|node)_[a-z0-9_]+|up)\b(?=[ {\[)])"
 )
+MIXIN = {
+    "Up": ("up", {}),
+    "Rules Sync Rate": ("kubeproxy_sync_proxy_rules_duration_seconds_count", {}),
+    "Rule Sync Latency": ("kubeproxy_sync_proxy_rules_duration_seconds_bucket", {}),
+    "Network Programming Rate": ("kubeproxy_network_programming_duration_seconds_count", {}),
+    "Network Programming Latency": ("kubeproxy_network_programming_duration_seconds_bucket", {}),
+    "Kube API Request Rate": ("rest_client_requests_total", {"code": "2.."}),
+    "Post Request Latency": ("rest_client_request_duration_seconds_bucket", {"verb": "POST"}),
+    "Get Request Latency": ("rest_client_request_duration_seconds_bucket", {"verb": "GET"}),
+    "Memory": ("process_resident_memory_bytes", {}),
+    "CPU usage": ("process_cpu_seconds_total", {}),
+    "Goroutines": ("go_goroutines", {}),
+}
+"""The panels of kubernetes-mixin's dashboard for kube-proxy (dashboards/proxy.libsonnet), each with
+the metric and the labels that it selects besides `job`, `cluster` and `instance`."""
 PROMTOOL = shutil.which("promtool") or str(ROOT / "build/prometheus/usr/bin/promtool")
 
 
-def served() -> set[str]:
-    """The names in what the agent answers at /metrics."""
+def scrape() -> str:
+    """What an agent that has done a bit of everything answers at /metrics."""
     metrics = Metrics("0.2.0")
     counts = FrontendCounts("shop", "web", "http", "cluster-ip", 1, {"no_endpoints": 1}, {"x": 1})
     metrics.frontends_from(lambda: [counts], 10)
     metrics.watches_from(lambda: WATCHES)
     metrics.requested("GET", 200, "192.0.2.1:6443", 0.1)
     metrics.programmed(step({SETS[4].endpoints: 1}), 0.1, 0.1, elements={SETS[4].endpoints: 1})
-    metrics.tables_changed([build(Layout(4))])
-    text = metrics.text().decode()
-    return set(re.findall(r"^([a-z_]+)(?:\{| )", text, re.MULTILINE))
+    metrics.requested("POST", 201, "192.0.2.1:6443", 0.1)
+    metrics.tables_changed([build(Layout(4))], {4: True})
+    metrics.local_endpoints_missing({(4, "internal"): 1})
+    metrics.flows_deleted(4, 1, 0.1)
+    metrics.failed()
+    return metrics.text().decode()
+
+
+def served() -> set[str]:
+    """The names in what the agent answers at /metrics."""
+    return set(re.findall(r"^([a-z_]+)(?:\{| )", scrape(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("subject", EXPRESSIONS)
@@ -63,6 +89,37 @@ def test_every_metric_is_served(subject: str) -> None:
     named = set(METRIC.findall(EXPRESSIONS[subject] + " "))
     assert named
     assert named - set().union(*OTHERS.values()) <= served()
+
+
+@pytest.mark.parametrize("panel", MIXIN)
+def test_the_dashboard_for_kube_proxy_has_data_in_every_panel_it_can(panel: str) -> None:
+    """All but Go's goroutines; `up` is Prometheus' own. POST needs --post-events."""
+    metric, wanted = MIXIN[panel]
+    samples = re.findall(rf"^{metric}(?:\{{(.*)\}})? [^ ]+$", scrape(), re.MULTILINE)
+    labels = [dict(re.findall(r'(\w+)="([^"]*)"', sample)) for sample in samples]
+    found = [
+        one for one in labels if all(re.fullmatch(v, one.get(k, "")) for k, v in wanted.items())
+    ]
+    assert bool(found) == (panel not in ("Up", "Goroutines"))
+
+
+def test_every_metric_of_ours_is_on_the_dashboard_or_in_an_alert() -> None:
+    ours = {re.sub(r"_(bucket|count|sum)$", "", n) for n in served() if n.startswith("sliceproxy_")}
+    named = set(METRIC.findall(" ".join([*EXPRESSIONS.values(), ""])))
+    assert ours - {re.sub(r"_bucket$", "", n) for n in named} == set()
+
+
+def test_the_prometheus_operators_resource_has_the_same_rules() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "render-alerts", "--check"], check=False
+    )
+    assert done.returncode == 0, "run tools/render-alerts"
+    place = ROOT / "deploy" / "components" / "alerts" / "prometheusrule.yaml"
+    resource = yaml.safe_load(place.read_text())
+    assert (resource["apiVersion"], resource["kind"]) == (
+        *("monitoring.coreos.com/v1", "PrometheusRule"),
+    )
+    assert resource["spec"] == yaml.safe_load((MONITORING / "rules.yaml").read_text())
 
 
 def test_every_map_that_an_alert_names_exists() -> None:

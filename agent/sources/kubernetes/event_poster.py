@@ -71,6 +71,8 @@ class Pace(NamedTuple):
 class Exchanges(Protocol):
     """Sends a request; returns status and body. Raises an exception if there is no answer."""
 
+    server: str
+
     def exchange(
         self, method: str, target: str, seconds: float, body: bytes | None = None
     ) -> tuple[int, bytes]:
@@ -79,7 +81,7 @@ class Exchanges(Protocol):
 
 class EventPoster(Worker):
     """Posts an Event for each problem that opens. `opened` may be called from any thread and never
-    waits."""
+    waits. `requested` is called for each answer, as of `ClusterFollower`."""
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class EventPoster(Worker):
         log: Log,
         failed: Failed,
         *,
+        requested: Callable[[str, int | str, str, float | None], None] = lambda *_: None,
         pace: Pace = Pace(),  # noqa: B008, a tuple of numbers
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -95,6 +98,7 @@ class EventPoster(Worker):
         self._connection = connection
         self._node = node
         self._log = log
+        self._requested = requested
         self._pace = pace
         self._clock = clock
         self._queue: queue.SimpleQueue[Problem | None] = queue.SimpleQueue()
@@ -141,7 +145,7 @@ class EventPoster(Worker):
             event = event_of(problem, self._uid(problem), self._node, datetime.now(UTC))
             path = f"/apis/events.k8s.io/v1/namespaces/{event['metadata']['namespace']}/events"
             data = json.dumps(event).encode()
-            status, body = self._connection.exchange("POST", path, REQUEST_SECONDS, data)
+            status, body = self._exchange("POST", path, data)
         except Exception as error:  # whatever the connection raises: the next one may be answered
             self._log.debug("event_not_posted", object=str(problem.subject), reason=str(error))
             return True
@@ -168,13 +172,24 @@ class EventPoster(Worker):
         fields = f"metadata.name={own_name}" + (f",metadata.namespace={namespace}" if slash else "")
         query = urlencode({"fieldSelector": fields, "resourceVersion": "0"})  # from its cache
         target = f"{_RESOURCES[kind][1]}?{query}"
-        status, body = self._connection.exchange("GET", target, REQUEST_SECONDS)
+        status, body = self._exchange("GET", target)
         if status != HTTPStatus.OK:
             return ""
         with suppress(msgspec.MsgspecError):
             for item in msgspec.json.decode(body, type=_List).items:
                 return item.metadata.uid
         return ""
+
+    def _exchange(self, method: str, target: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Status and body of the answer. Raises what the connection raises."""
+        began, server = time.monotonic(), self._connection.server
+        try:
+            status, answer = self._connection.exchange(method, target, REQUEST_SECONDS, body)
+        except Exception:
+            self._requested(method, "<error>", server, None)
+            raise
+        self._requested(method, status, server, time.monotonic() - began)
+        return status, answer
 
     def _take_token(self) -> bool:
         """Waits until the pace allows the next one; false if the worker is to stop."""
