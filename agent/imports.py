@@ -1,7 +1,7 @@
 """Imports the agent without the parts of libraries that it does not use.
 
-Importing `kubernetes` imports pydantic, requests and a websocket client; `structlog` imports rich;
-`pyroute2` imports all that it has. docs/design/0007-imports.md has the milliseconds and megabytes.
+Importing `kubernetes` imports pydantic, requests and a websocket client; `structlog` imports rich
+and asyncio. docs/design/0007-imports.md has the milliseconds and megabytes.
 
 `lightly` is called once, by the command line, before anything else of the agent is imported. It
 registers a `_Skipped` module for each name in SKIPPED: one with a spec and a path, so that it and
@@ -20,7 +20,6 @@ from typing import Any
 
 SKIPPED: dict[str, tuple[str, ...]] = {
     # packages of which the agent uses some modules
-    "pyroute2": (),
     "prometheus_client": (),
     "kubernetes": (),
     "kubernetes.utils": (),
@@ -29,19 +28,17 @@ SKIPPED: dict[str, tuple[str, ...]] = {
     "kubernetes.client": ("ApiClient",),
     "oauthlib.oauth2": (),
     "requests_oauthlib": ("OAuth2Session",),
+    # for structlog's loggers with asynchronous methods
+    "asyncio": (),
     # structlog's tracebacks for people
     "rich": (),
     "rich.console": ("Console",),
     "rich.pretty": (),
     "rich.traceback": ("Traceback",),
-    # a mock at a class of pyroute2, which is for sockets of other threads
-    "unittest": (),
-    "unittest.mock": ("Mock",),
-    # pyroute2 finds libc for its namespaces, and a program for its probes
-    "ctypes.util": ("find_library",),
-    "shutil": ("which", "rmtree", "copyfileobj"),
     # protobuf without its C library
     "google.protobuf.internal.python_message": (),
+    # tempfile removes directories with it, and it imports all compressions
+    "shutil": (),
     # urllib3 looks up the version of its HTTP/2 library when one is wanted
     "importlib.metadata": ("version",),
 }
@@ -49,9 +46,6 @@ SKIPPED: dict[str, tuple[str, ...]] = {
 
 REEXPORTED = {("kubernetes.client", "Configuration"): "kubernetes.client.configuration"}
 """Names of skipped packages that are used at once, and the module that defines them."""
-
-USED_LATER = {("unittest.mock", "Mock")}
-"""Names of SKIPPED that are called at once; what the call gives is used later."""
 
 
 def lightly(name: str) -> ModuleType:
@@ -142,24 +136,7 @@ class _Callable:
         return getattr(module, self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (self._module, self._name) in USED_LATER:
-            return _Result(self, args, kwargs)
         return self._real()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real(), name)
-
-
-class _Result:
-    """Replaces the result of a call, which is made at the first access to an attribute of it."""
-
-    def __init__(self, called: _Callable, args: Any, kwargs: Any) -> None:
-        self._called = called
-        self._arguments = args, kwargs
-
-    def __getattr__(self, name: str) -> Any:
-        args, kwargs = self._arguments
-        made = self._called._real()(*args, **kwargs)
-        # the methods of a mock are attributes, too, and keep what was asked of them
-        vars(self).update(vars(made))
-        return getattr(made, name)

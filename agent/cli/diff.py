@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from pyroute2 import IPRoute
 from rich.console import Console
 
 from agent.cli.client import Client, socket_flag
@@ -47,7 +46,7 @@ def _show(found: Difference, console: Console) -> None:
 
 def _computed(paths: tuple[str, ...], chosen: Settings) -> Difference | None:
     """The difference to manifests or a cluster; None if the flags name neither."""
-    with IPRoute() as route:
+    with addresses.route_socket() as route:
         here = addresses.read(route)
     state = chosen_state(paths, chosen, addresses=here, whole=True)
     if not state:

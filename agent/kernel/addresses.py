@@ -1,4 +1,4 @@
-"""The addresses of this machine, followed over rtnetlink with pyroute2.
+"""The addresses of this machine, followed over rtnetlink.
 
 Node ports answer at them, and source ranges that let the node in need them. Whatever changes, all
 of them are read again: there are few, and a list cannot drift.
@@ -8,62 +8,95 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import struct
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
 
-from pyroute2.iproute.linux import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl import (
-    RTNLGRP_IPV4_IFADDR,
-    RTNLGRP_IPV4_ROUTE,
-    RTNLGRP_IPV6_IFADDR,
-    RTNLGRP_IPV6_ROUTE,
-)
-
-from agent.kernel.socket import NETLINK_ROUTE, NetlinkSocket
+from agent.kernel.socket import NETLINK_ROUTE, Interrupted, NetlinkSocket
 from agent.worker import Failed, Worker
 from rules.events import Event, NodeAddresses
-from rules.objects import Address, parse_address
+from rules.netlink.attributes import Fields, attribute, fields
+from rules.netlink.messages import NLM_F_DUMP
+from rules.objects import Address, address_text, parse_address
+
+# include/uapi/linux/rtnetlink.h, if_addr.h
+RTM_GETADDR, RTM_GETROUTE = 22, 26
+IFA_ADDRESS, IFA_LOCAL, RTA_DST, RTA_OIF = 1, 2, 1, 4
+RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE = 5, 7, 9, 11
+RT_TABLE_LOCAL, RTN_LOCAL = 255, 2
+_IFADDRMSG = struct.Struct("=BBBBI")
+_RTMSG = struct.Struct("=BBBBBBBBI")
+"""struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type,
+flags."""
+_FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
+_READ_TRIES = 5
 
 # where packets to nowhere in particular would leave from (documentation prefixes, never sent to)
 _SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-_RT_TABLE_LOCAL, _RTN_LOCAL = 255, 2
 _GROUPS = (RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE)
 
 
-def read(route: Any) -> NodeAddresses:
+def read(route: NetlinkSocket) -> NodeAddresses:
     """All addresses that the node answers at but loopback ones, and the primary ones.
 
     Link-local addresses and host routes of type `local` are among them: `nodePortAddresses` may
-    select them. They are never primary.
+    select them. They are never primary. Raises OSError.
     """
     addresses, others = set(), set()
-    for message in route.get_addr():
-        text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-        if address := _usable(text):
+    for message in _dump(route, RTM_GETADDR, _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
+        found = _attributes(message, _IFADDRMSG)
+        own = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS, b"")
+        if address := _usable(own):
             addresses.add(address)
-        elif address := _usable(text, link_local=True):
+        elif address := _usable(own, link_local=True):
             others.add(address)
     others |= _local_routes(route)
     return NodeAddresses(frozenset(addresses | others), _primary(addresses))
 
 
-def _local_routes(route: Any) -> set[Address]:
+def route_socket() -> NetlinkSocket:
+    """A socket for `read`. Its dumps are filtered in the kernel (Linux 4.20): a router's table may
+    have a million routes that are of no interest."""
+    route = NetlinkSocket(NETLINK_ROUTE)
+    route.check_requests()
+    return route
+
+
+def _local_routes(route: NetlinkSocket) -> set[Address]:
     """Destinations of host routes of type `local`: what the kernel takes for its own (AnyIP)."""
     found = set()
     for family, length in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
-        for message in route.get_routes(family=family, table=_RT_TABLE_LOCAL):
-            destination = message.get_attr("RTA_DST")
-            is_own = (message["type"], message["dst_len"]) == (_RTN_LOCAL, length)
-            if is_own and destination and (address := _usable(destination, link_local=True)):
-                found.add(address)
+        request = _RTMSG.pack(family, 0, 0, 0, RT_TABLE_LOCAL, 0, 0, RTN_LOCAL, 0)
+        for message in _dump(route, RTM_GETROUTE, request):
+            _, bits, _, _, table, _, _, kind, _ = _RTMSG.unpack_from(message)
+            if (bits, table, kind) == (length, RT_TABLE_LOCAL, RTN_LOCAL):
+                destination = _attributes(message, _RTMSG).get(RTA_DST, b"")
+                if address := _usable(destination, link_local=True):
+                    found.add(address)
     return found
 
 
-def _usable(text: str, *, link_local: bool = False) -> Address | None:
+def _dump(route: NetlinkSocket, kind: int, request: bytes) -> list[bytes]:
+    """What a dump lists. A change in its middle is notified, too, and then all is read again."""
+    found: list[bytes] = []
+    for _ in range(_READ_TRIES):
+        found.clear()
+        with suppress(Interrupted):
+            for data, start, end in route.ask(kind, request, NLM_F_DUMP):
+                found.append(data[start:end])
+            break
+    return found
+
+
+def _attributes(message: bytes, header: struct.Struct) -> Fields:
+    return fields(message[header.size :])
+
+
+def _usable(packed: bytes, *, link_local: bool = False) -> Address | None:
     try:
-        return parse_address(text, link_local=link_local)
+        return parse_address(address_text(packed), link_local=link_local)
     except ValueError:
         return None
 
@@ -95,13 +128,15 @@ def _source_towards(family: int, destination: str) -> Address:
 def interface_towards(address: Address) -> str:
     """The interface of the route to an address, by which its packets come in unless routing is
     asymmetric; "" if there is no route."""
+    request = _RTMSG.pack(_FAMILY[len(address)], 8 * len(address), 0, 0, 0, 0, 0, 0, 0)
     try:
-        with IPRoute() as route:
-            (message,) = route.route("get", dst=str(ipaddress.ip_address(address)))
-            (link,) = route.get_links(message.get_attr("RTA_OIF"))
-    except NetlinkError:
-        return ""
-    return str(link.get_attr("IFLA_IFNAME"))
+        with NetlinkSocket(NETLINK_ROUTE) as route:
+            for data, start, end in route.ask(RTM_GETROUTE, request + attribute(RTA_DST, address)):
+                index = _attributes(data[start:end], _RTMSG).get(RTA_OIF, b"")
+                return socket.if_indextoname(int.from_bytes(index, sys.byteorder))
+    except OSError:
+        pass
+    return ""
 
 
 class AddressFollower(Worker):
@@ -119,7 +154,7 @@ class AddressFollower(Worker):
     def work(self) -> None:
         """Listens until `stop`."""
         try:
-            with _listener() as changes, IPRoute() as route:
+            with _listener() as changes, route_socket() as route:
                 self._report(read(route))
                 self.ready.set()
                 while self.wait_readable(changes.fileno()):

@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-from pyroute2.iproute.linux import IPRoute
 
 from agent.kernel import kube_proxy
-from agent.kernel.addresses import read
+from agent.kernel.addresses import read, route_socket
 from agent.kernel.errors import KernelError
 from agent.kernel.reading import TableReader
 from rules.doctor import BaseChain, Facts, Interface, program_of
@@ -61,7 +60,7 @@ def collect() -> Facts:
     with suppress(KernelError):
         chains = tuple(base_chains())
     addresses: tuple[str, ...] = ()
-    with suppress(OSError), IPRoute() as route:
+    with suppress(OSError), route_socket() as route:
         addresses = tuple(address_text(a) for a in sorted(read(route).addresses))
     return Facts(
         kernel=_kernel_version(),

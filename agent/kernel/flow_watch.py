@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_CTNETLINK
-from pyroute2.netlink.nfnetlink.nfctsocket import IPCTNL_MSG_CT_NEW
-
-from agent.kernel.conntrack import CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, tuple_of
+from agent.kernel.conntrack import (
+    CTA_TUPLE_ORIG,
+    CTA_TUPLE_REPLY,
+    IPCTNL_MSG_CT_NEW,
+    NFNL_SUBSYS_CTNETLINK,
+    tuple_of,
+)
 from agent.kernel.errors import ConntrackError, raised_as
 from agent.kernel.socket import Closing, NetlinkSocket, Overflow, parsed
 from rules.flow_report import Lost, NewConnection

@@ -15,6 +15,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 from rules.netlink.attributes import Malformed
@@ -33,7 +34,7 @@ from rules.netlink.messages import (
 
 SOL_NETLINK = 270
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-NETLINK_ADD_MEMBERSHIP, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 1, 10, 11
+NETLINK_ADD_MEMBERSHIP, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
 SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_ATTACH_FILTER = 32, 33, 26
 DATAGRAM = 1 << 20
 """Larger than any message that the kernel sends."""
@@ -213,6 +214,12 @@ class NetlinkSocket(Closing):
             self.drain()
         self._unread = True
         self.send(data)
+
+    def check_requests(self) -> None:
+        """Has rtnetlink check the whole header of a request and filter dumps by it (Linux 4.20).
+        Older kernels send everything."""
+        with suppress(OSError):
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
 
     # notifications
 

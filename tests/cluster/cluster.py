@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from pyroute2 import IPRoute
 
 from agent.kernel import addresses
 from agent.kernel.tables import Kernel
@@ -79,7 +78,7 @@ class Mirror:
 
     @staticmethod
     def _addresses() -> Event:
-        with IPRoute() as route:
+        with addresses.route_socket() as route:
             return addresses.read(route)
 
     def close(self) -> None:

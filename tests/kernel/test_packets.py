@@ -13,6 +13,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from agent.kernel.addresses import read as read_addresses
+from agent.kernel.addresses import route_socket
 from lab.world import World
 from rules.decode import decode
 from rules.frontends import destination_key
@@ -383,7 +384,7 @@ def tell_addresses(p: Proxy) -> None:
     """What the agent does when the addresses of its machine change."""
 
     def read() -> Any:
-        with IPRoute() as route:
+        with route_socket() as route:
             return read_addresses(route)
 
     p.apply(p.world.run("node", read))
