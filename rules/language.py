@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 ADDRESS_LENGTH = {4: 4, 6: 16}
 FAMILY_NAME = {4: "ip", 6: "ip6"}
 
@@ -60,8 +62,7 @@ class Source(Enum):
     DIRECTION = "ct direction"
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(msgspec.Struct, frozen=True):
     """One value a rule reads: of a packet, of its connection, or a slot.
 
     `family` is 4 or 6. A RANDOM field draws from `offset` to `offset + modulus - 1`. A CLIENT_HASH
@@ -86,8 +87,7 @@ class Field:
         return -(-self.type.length // 4) * 4
 
 
-@dataclass(frozen=True)
-class Fields:
+class Fields(msgspec.Struct, frozen=True):
     """The fields of one family, ready to be concatenated."""
 
     family: int
@@ -206,22 +206,19 @@ class Predicate(Enum):
     FROM_HERE = "fib saddr type local"
 
 
-@dataclass(frozen=True, slots=True)
-class Is:
+class Is(msgspec.Struct, frozen=True):
     """Continues if the predicate holds."""
 
     predicate: Predicate
 
 
-@dataclass(frozen=True, slots=True)
-class IsProtocol:
+class IsProtocol(msgspec.Struct, frozen=True):
     """Continues if the packet's transport protocol is this one (an IP protocol number)."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True)
-class In:
+class In(msgspec.Struct, frozen=True):
     """Continues if the concatenation is in the set, or is not."""
 
     fields: Concat
@@ -229,8 +226,7 @@ class In:
     negated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class NotFromInterface:
+class NotFromInterface(msgspec.Struct, frozen=True):
     """Continues if the packet did not arrive at interface `name`, or with `prefix` at none whose
     name begins so."""
 
@@ -238,8 +234,7 @@ class NotFromInterface:
     prefix: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class FromInterface:
+class FromInterface(msgspec.Struct, frozen=True):
     """Continues if the packet arrived at interface `name`, or with `prefix` at one whose name
     begins so."""
 
@@ -247,45 +242,39 @@ class FromInterface:
     prefix: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Marked:
+class Marked(msgspec.Struct, frozen=True):
     """Continues if one of the bits is set in the packet's mark."""
 
     bits: int
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True):
     """Sets the bits in the packet's mark."""
 
     bits: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unmark:
+class Unmark(msgspec.Struct, frozen=True):
     """Clears the bits in the packet's mark."""
 
     bits: int
 
 
-@dataclass(frozen=True, slots=True)
-class GoBy:
+class GoBy(msgspec.Struct, frozen=True):
     """Goes to the chain that the verdict map has for the concatenation, if any."""
 
     fields: Concat
     map: Set
 
 
-@dataclass(frozen=True, slots=True)
-class Translate:
+class Translate(msgspec.Struct, frozen=True):
     """DNAT to the target that the map has for the concatenation; a miss continues."""
 
     fields: Concat
     map: Set
 
 
-@dataclass(frozen=True, slots=True)
-class Remember:
+class Remember(msgspec.Struct, frozen=True):
     """Puts key and data into a dynamic map, or renews them, for `seconds`; a set has no data.
 
     Ends the rule where the map is full and does not have the key yet.
@@ -297,15 +286,13 @@ class Remember:
     seconds: int
 
 
-@dataclass(frozen=True, slots=True)
-class Jump:
+class Jump(msgspec.Struct, frozen=True):
     """Runs a chain, then continues with the next rule."""
 
     chain: str
 
 
-@dataclass(frozen=True, slots=True)
-class Goto:
+class Goto(msgspec.Struct, frozen=True):
     """Runs a chain and does not return to this one."""
 
     chain: str
@@ -340,8 +327,7 @@ Statement = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(msgspec.Struct, frozen=True):
     """Statements from left to right; the comment explains them to a reader."""
 
     statements: tuple[Statement, ...]
@@ -363,8 +349,7 @@ class Hook(Enum):
     POSTROUTING = ("postrouting", 4)
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
+class Base(msgspec.Struct, frozen=True):
     """Where netfilter calls a chain. `type` is "nat" or "filter"."""
 
     type: str
@@ -372,8 +357,7 @@ class Base:
     priority: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(msgspec.Struct, frozen=True):
     """A named list of rules; with `base`, one that netfilter calls."""
 
     name: str
@@ -381,8 +365,7 @@ class Chain:
     base: Base | None = None
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """Everything of one family that does not depend on Services: sets, chains and their rules.
 
     With `counters`, elements of its counted sets count packets.
@@ -391,7 +374,7 @@ class Table:
     family: int
     name: str
     sets: tuple[Set, ...]
-    chains: tuple[Chain, ...] = field(repr=False)
+    chains: tuple[Chain, ...]
     counters: bool = False
 
     @property

@@ -86,6 +86,8 @@ def assign(before: Slots, wanted: Sequence[Target]) -> Slots:
     wanted = wanted[:MAX_ENDPOINTS]
     if not before:
         return tuple(wanted)
+    if before is wanted:
+        return before
     standing = set(before)
     staying = standing.intersection(wanted)
     if len(standing) < len(before) or len(set(wanted)) < len(wanted):

@@ -27,7 +27,6 @@ from typing import NamedTuple, TypeVar
 from rules.claims import Claims, why_lost
 from rules.diff import (
     Change,
-    Elements,
     Installed,
     Lists,
     Shared,
@@ -93,10 +92,11 @@ MAX_CHANGES = 10_000
 
 
 class KernelView(NamedTuple):
-    """What was read back of one table: what its rules are known to be, and its elements."""
+    """What was read back of one table: what its rules are known to be, and its elements, which
+    `State.resync` takes out."""
 
     known: TableContents
-    elements: Elements
+    elements: Mapping[Set, dict[Key, Value]]
 
 
 class State:
@@ -374,7 +374,7 @@ class State:
             there = there._replace(slots=slots, inside=inside)
             note_served(claim, *self._install(claim, shared, there), change)
         changes = []
-        have: dict[Set, Mapping[Key, Value]] = {}
+        have: dict[Set, dict[Key, Value]] = {}
         for family in FAMILIES:
             table = build(self._layout(family))
             found = views.get(family)
@@ -384,9 +384,7 @@ class State:
             if found and not changed.create:
                 have.update((s, e) for s, e in found.elements.items() if s not in changed.replaced)
         self._linger_from(have, first=first)
-        want = self.elements()
-        self.element_counts = {owner: len(items) for owner, items in want.items()}
-        difference = between(have, want)
+        difference, self.element_counts = between(have, self._all_elements())
         difference.stale_udp = self._served_formerly(lists, change)
         return Transaction(tuple(changes), difference)
 
@@ -628,7 +626,11 @@ class State:
             self.installed.pop(claim, None)
         else:
             wanted = self.programs[holder].wanted[claim]
-            after = install(wanted, lists_of(before) if there is None else there, shared)
+            if there is None:
+                there = lists_of(before)
+            elif there.slots == wanted.endpoints:  # as after a restart: one object for both
+                there = there._replace(slots=wanted.endpoints)
+            after = install(wanted, there, shared)
             self.installed[claim] = after
         return before, after
 

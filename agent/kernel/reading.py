@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 from agent.kernel.errors import Refused, Stale, nf_tables_error, raised_as
 from agent.kernel.socket import Closing, Interrupted, NetlinkSocket
-from rules.diff import Elements
 from rules.language import Chain, Set, Table
 from rules.netlink.attributes import (
     attributes,
@@ -139,7 +138,7 @@ class ReadBack(NamedTuple):
     """One table as it was read back, and its elements, of one moment."""
 
     table: KernelTable
-    elements: Elements
+    elements: Mapping[Set, dict[Key, Value]]
 
 
 class TableReader(Closing):
@@ -271,7 +270,7 @@ class TableReader(Closing):
                 add(decode_elements(owner, payload))
         return join_ranges(ranges) if in_pairs else found
 
-    def read(self, found: KernelTable) -> Elements:
+    def read(self, found: KernelTable) -> Mapping[Set, dict[Key, Value]]:
         """The elements of all known sets of a table that was found, but for dynamic ones."""
         sets = SETS[found.family]
         return {

@@ -17,13 +17,14 @@ from agent.kernel import addresses
 from agent.kernel.tables import Kernel
 from lab.world import World
 from rules.decode import decode
-from rules.diff import Change, Elements, Lists, between, install, restored
+from rules.diff import Change, Elements, Lists, install, restored
 from rules.events import Event, Upsert
 from rules.options import Options
 from rules.state import State
 from rules.tables import FAMILIES, SETS
 from rules.transaction import table_change
 from tests.cluster.apiserver import KINDS, ApiServer, Document, Key
+from tests.elements import difference
 from tests.kernel.agent import PATIENCE, Agent, Connections
 from tests.manifest import endpoint, service_document, slice_document
 
@@ -133,7 +134,7 @@ def _at_widths_of(have: Elements, state: State) -> Elements:
 
 def _without_order(have: Elements, want: Elements) -> Change:
     """What is between two collections of elements if only sets of endpoints count, not slots."""
-    return between(_sets_of_endpoints(have), _sets_of_endpoints(want))
+    return difference(_sets_of_endpoints(have), _sets_of_endpoints(want))
 
 
 def _sets_of_endpoints(elements: Elements) -> dict[Any, dict[Any, Any]]:

@@ -8,13 +8,14 @@ from agent.kernel.counters import KeptCounts
 from agent.kernel.tables import Kernel
 from agent.loop import reader
 from lab.world import World
-from rules.diff import Elements, between
+from rules.diff import Elements
 from rules.events import Delete, Event, Upsert
 from rules.objects import Object
 from rules.options import Options
 from rules.state import State
 from rules.tables import FAMILIES, SETS
 from rules.transaction import Transaction, table_change
+from tests.elements import difference
 
 
 class Proxy:
@@ -87,5 +88,5 @@ class Proxy:
             found = self.kernel.find(table.family)
             assert found is not None
             assert table_change(table, found.known(table)).empty
-        difference = between(self.in_kernel(), self.state.elements())
-        assert not difference, (difference.removed, difference.added)
+        found = difference(self.in_kernel(), self.state.elements())
+        assert not found, (found.removed, found.added)

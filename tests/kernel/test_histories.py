@@ -37,7 +37,7 @@ from hypothesis.stateful import (
 
 from agent.kernel.reading import KernelTable
 from lab.world import World
-from rules.diff import Elements, between
+from rules.diff import Elements
 from rules.events import Delete, Event, NodeAddresses, Upsert
 from rules.language import Set, Table
 from rules.netlink.attributes import attributes
@@ -48,6 +48,7 @@ from rules.state import State
 from rules.tables import FAMILIES
 from rules.transaction import Transaction, table_change
 from tests import manifest, oracle
+from tests.elements import difference
 from tests.kernel.proxy import Proxy
 from tests.oracle import Layout, ListOf, Objects, Picture, Target
 
@@ -250,10 +251,10 @@ def operations(side: dict[Set, list[Any]]) -> list[tuple[int, str, bytes, Any]]:
 
 def check_nothing_in_vain(transaction: Transaction, before: Elements, after: Elements) -> None:
     """Exactly the elements that differ were removed and added, each once."""
-    change, difference = transaction.change, between(before, after)
+    change, least = transaction.change, difference(before, after)
     for done, needed in (
-        (operations(change.removed), operations(difference.removed)),
-        (operations(change.added), operations(difference.added)),
+        (operations(change.removed), operations(least.removed)),
+        (operations(change.added), operations(least.added)),
     ):
         assert len(done) == len(set(done)), "an element was written twice"
         assert set(done) == set(needed)
@@ -721,7 +722,7 @@ class Histories(RuleBasedStateMachine):
             TABLES.check(table, found)
             elements.update(self.proxy.kernel.read(found))
             chains[table.family] = found.chains
-        assert not between(elements, self.proxy.state.elements())
+        assert not difference(elements, self.proxy.state.elements())
         return elements, oracle.observed(elements, chains)
 
     def _check(self) -> None:

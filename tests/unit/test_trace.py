@@ -9,10 +9,10 @@ from __future__ import annotations
 import ipaddress
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from agent.config.settings import Settings
 from rules.events import Upsert
@@ -366,7 +366,7 @@ def test_pods_identified_by_interface() -> None:
     inside = trace(state.tables()[0], state.elements(), packet)
     assert len(inside.branches) == 2
     assert inside.steps[0].matched == (Match("iifname", "vethabc"),)
-    outside = replace(packet, interface="eth0")
+    outside = Packet(packed("10.9.9.9"), packed("203.0.113.1"), TCP, 80, "eth0")
     assert len(trace(state.tables()[0], state.elements(), outside).branches) == 1
 
 
