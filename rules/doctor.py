@@ -40,7 +40,8 @@ class Check(msgspec.Struct, frozen=True):
 
 class BaseChain(msgspec.Struct, frozen=True):
     """A base chain of any table. `drops` names what in it drops packets that no rule accepted:
-    its policy, or rules; "" for nothing. `program` is who usually makes such a table, or ""."""
+    its policy, or rules; "" for nothing. `accepts` says whether a rule before that may accept the
+    first packet of a connection. `program` is who usually makes such a table, or ""."""
 
     family: str
     table: str
@@ -49,6 +50,13 @@ class BaseChain(msgspec.Struct, frozen=True):
     priority: int
     drops: str = ""
     program: str = ""
+    accepts: bool = True
+
+    @property
+    def drops_services(self) -> bool:
+        """Whether it drops the first packet of every connection to a Service. Packets to endpoints
+        are forwarded; `input` is passed only by those to an endpoint in the node's network."""
+        return bool(self.drops) and not self.accepts and self.hook != "input"
 
     def __str__(self) -> str:
         return f"{self.family} {self.table} {self.chain} (hook {self.hook}, {self.priority})"
@@ -158,13 +166,16 @@ def _firewalls(facts: Facts) -> Check:
     dropping = [chain for chain in facts.base_chains if chain.drops]
     if not dropping:
         return Check("firewall", title, OK, f"{len(facts.base_chains)} base chains, none drops")
-    found = "; ".join(f"{chain}: {chain.drops}" for chain in dropping)
-    programs = sorted({chain.program for chain in dropping if chain.program})
+    # with those that certainly drop at hand, those that may are of no interest
+    certain = [chain for chain in dropping if chain.drops_services]
+    found = "; ".join(f"{chain}: {chain.drops}" for chain in certain or dropping)
+    programs = sorted({chain.program for chain in certain or dropping if chain.program})
     return Check(
         "firewall",
         title,
-        WARNING,
-        f"{found}. A packet that sliceproxy accepts still passes these chains",
+        FAILED if certain else WARNING,
+        f"{found}. A packet that sliceproxy accepts still passes these chains"
+        + (", and no rule in them accepts a new connection" if certain else ""),
         " ".join(_FIREWALL_REMEDIES.get(program, "") for program in programs).strip()
         or "Accept the pod and Service networks in these chains (nft list chain FAMILY TABLE "
         "CHAIN).",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -37,6 +38,7 @@ from rules.netlink.nftables import (
     NFTA_RULE_TABLE,
     NFTA_VERDICT_CODE,
 )
+from rules.netlink.rule_text import rule_text
 from rules.objects import address_text
 from rules.options import DetectLocalMode
 from rules.state import State
@@ -164,7 +166,8 @@ def conntrack() -> tuple[int, int, int] | None:
 
 
 def base_chains() -> Iterator[BaseChain]:
-    """The base chains of all tables but ours, with what drops packets in them.
+    """The base chains of all tables but ours, with what drops packets in them, and whether rules
+    before that may accept new connections.
 
     Raises KernelError.
     """
@@ -177,7 +180,7 @@ def base_chains() -> Iterator[BaseChain]:
         names.setdefault((number, text(chain[NFTA_CHAIN_TABLE])), set()).add(
             text(chain[NFTA_CHAIN_NAME])
         )
-    dropping = _dropping(rules)
+    dropping, accepting = _dropping(rules), _accepting(rules)
     for number, body in chains:
         chain = fields(body)
         table, name = text(chain[NFTA_CHAIN_TABLE]), text(chain[NFTA_CHAIN_NAME])
@@ -198,7 +201,50 @@ def base_chains() -> Iterator[BaseChain]:
             int.from_bytes(hook[NFTA_HOOK_PRIORITY], "big", signed=True),
             " and ".join(dict.fromkeys(drops)),
             program_of(table, names[number, table]),
+            _Chain(number, table, name) in accepting,
         )
+
+
+class _Chain(NamedTuple):
+    """A chain of any table, by the number of its family (NFPROTO_*)."""
+
+    family: int
+    table: str
+    name: str
+
+
+_ACCEPTS = re.compile(r"\b(accept|queue|vmap|xt target)\b|\[")
+"""What may accept a packet, in the text of a rule. Unknown expressions, in brackets, may, too."""
+_KNOWN_ONLY = re.compile(r"ct state (established|related|,)+ (counter .*)?accept")
+"""Accepts no packet that opens a connection."""
+_TO_CHAIN = re.compile(r"\b(?:jump|goto) (\S+)")
+
+
+def _accepting(rules: Iterable[tuple[int, bytes]]) -> set[_Chain]:
+    """The chains in which a packet that opens a connection may be accepted, in them or in one that
+    they lead to, before a rule drops or rejects whatever is left."""
+    accepting: set[_Chain] = set()
+    leading: dict[_Chain, set[_Chain]] = {}  # from the chain that is led to
+    closed: set[_Chain] = set()
+    for number, body in rules:
+        rule = fields(body)
+        chain = _Chain(number, text(rule[NFTA_RULE_TABLE]), text(rule[NFTA_RULE_CHAIN]))
+        if chain in closed:
+            continue
+        if _unconditional(rule.get(NFTA_RULE_EXPRESSIONS, b"")):
+            closed.add(chain)
+            continue
+        words = rule_text(rule).partition(' comment "')[0]
+        if _ACCEPTS.search(words) and not _KNOWN_ONLY.fullmatch(words):
+            accepting.add(chain)
+        for name in _TO_CHAIN.findall(words):
+            leading.setdefault(chain._replace(name=name), set()).add(chain)
+    found = list(accepting)
+    while found:
+        before = leading.get(found.pop(), set()) - accepting
+        accepting |= before
+        found += before
+    return accepting
 
 
 def _dropping(rules: Iterable[tuple[int, bytes]]) -> dict[tuple[int, str, str], list[str]]:

@@ -20,6 +20,8 @@ from lab.world import World
 from rules.doctor import FAILED, OK, UNKNOWN, WARNING, Check, Facts, examine
 from tests.kernel.agent import Agent
 from tests.kernel.namespaces import in_empty_namespace, is_root
+from tests.kernel.proxy import Proxy
+from tests.manifest import endpoint, endpoint_slice, service
 
 pytestmark = pytest.mark.skipif(not is_root(), reason="needs root for network namespaces")
 needs_nft = pytest.mark.skipif(shutil.which("nft") is None, reason="no nft")
@@ -111,9 +113,63 @@ COMMIT
 )
 def test_a_forward_policy_of_drop_names_the_program_that_sets_it(rules: str, remedy: str) -> None:
     check = doctor(lambda: run("iptables-nft-restore", text=rules))["firewall"]
-    assert check.state == WARNING
+    assert check.state == FAILED  # the chains that they jump to are empty
     assert "ip filter FORWARD (hook forward, 0): its policy is drop" in check.detail
     assert remedy in check.remedy
+
+
+ESTABLISHED = "ct state established,related accept;"
+
+
+@needs_nft
+@pytest.mark.parametrize(
+    ("chain", "state"),
+    [
+        # certain: no rule accepts a new connection
+        ("type filter hook forward priority 0; policy drop;", FAILED),
+        (f"type filter hook forward priority 0; policy drop; {ESTABLISHED}", FAILED),
+        (f"type filter hook forward priority 5; {ESTABLISHED} counter drop; accept;", FAILED),
+        ("type filter hook forward priority 0; policy drop; jump nothing;", FAILED),
+        ("type filter hook output priority 0; ct state established accept; reject;", FAILED),
+        # a rule may accept what is sent to endpoints, or the chain is passed by few
+        ("type filter hook forward priority 0; policy drop; ip saddr 10.0.0.0/8 accept;", WARNING),
+        ("type filter hook forward priority 0; policy drop; ct status dnat accept;", WARNING),
+        ("type filter hook forward priority 0; policy drop; jump something;", WARNING),
+        ("type filter hook forward priority 0; policy drop; ct state vmap { new : accept };",
+         WARNING),
+        ("type filter hook forward priority 0; iifname lo accept; drop;", WARNING),
+        (f"type filter hook input priority 0; policy drop; {ESTABLISHED}", WARNING),
+        ("type filter hook forward priority 0; policy accept;", OK),
+    ],
+)  # fmt: skip
+def test_a_chain_that_drops_every_new_connection_is_a_failure_one_that_may_a_warning(
+    chain: str, state: str
+) -> None:
+    text = (
+        "table inet t { chain nothing { return; }; chain more { tcp dport 80 accept; }; "
+        f"chain something {{ jump more; }}; chain c {{ {chain} }}; }}"
+    )
+    check = doctor(lambda: run("nft", "-f", "-", text=text))["firewall"]
+    assert check.state == state, check
+    assert ("no rule in them accepts" in check.detail) == (state == FAILED)
+
+
+@needs_nft
+def test_what_the_doctor_calls_a_failure_drops_a_services_packets(world: World) -> None:
+    """And what it warns of lets them pass, here."""
+    with Proxy(world) as proxy, world.serve("pod-1", 8080):
+        web = service(cluster_ips=["10.96.0.10"])
+        proxy.put(web, endpoint_slice("web", [endpoint(world.hosts["pod-1"].ipv4)]))
+        found = {}
+        for rule in ("", "ip daddr 10.244.0.0/16 accept;"):
+            chain = f"type filter hook forward priority 0; policy drop; {ESTABLISHED} {rule}"
+            world.run("node", run, "nft", f"table inet t {{ chain c {{ {chain} }}; }}")
+            checks = world.run("node", lambda: examine(collect()))
+            state = next(check.state for check in checks if check.id == "firewall")
+            found[state] = world.ask("pod-2", "10.96.0.10", 80, timeout=0.3).outcome
+            world.run("node", run, "nft", "delete table inet t")
+        proxy.kernel.remove()
+    assert found == {FAILED: "silent", WARNING: "answered"}
 
 
 @needs_nft
