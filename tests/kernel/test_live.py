@@ -8,7 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import pytest
 import yaml
 
 from agent.cli.client import Client
+from agent.kernel.counters import READ_SECONDS
 from agent.kernel.lookups import KernelElements
 from agent.kernel.tables import Kernel
 from agent.loop import difference
@@ -24,7 +28,7 @@ from agent.serve.api import Flows
 from lab.world import World
 from rules.explain import Explanation, explain
 from rules.tables import SETS
-from tests.kernel.agent import Agent, write
+from tests.kernel.agent import PATIENCE, Agent, Connections, write
 from tests.kernel.proxy import Proxy
 from tests.kernel.test_run import until
 from tests.manifest import (
@@ -222,11 +226,140 @@ def test_a_name_that_is_wrong_gets_a_suggestion(live: Live) -> None:
     assert "did you mean default?" in done.stderr
 
 
-def test_without_an_agent_the_exit_code_is_3(live: Live, tmp_path: Path) -> None:
-    for command in (("status",), ("services",), ("endpoints", "web"), ("diff",), ("history",)):
-        done = live.run(*command, "--socket", str(tmp_path / "none"))
-        assert done.returncode == 3, (command, done.stderr)
-        assert "no agent answers there" in done.stderr
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("status", "services", "endpoints web", "explain web", "explain 10.96.0.10:80", "diff"),
+        *("history", "top --once", "doctor", "flows"),
+    ],
+)
+def test_without_an_agent_the_exit_code_is_3(live: Live, tmp_path: Path, command: str) -> None:
+    done = live.run(*command.split(), "--socket", str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+    assert "no agent answers there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "command"),
+    [
+        *((0, c) for c in ("services", "endpoints web", "explain web", "explain 10.96.0.10:80")),
+        *((0, c) for c in ("diff", "history", "history web", "history --since 10m")),
+        *((0, c) for c in ("top --once --interval 0.1", "flows --seconds 0.1")),
+        *((1, c) for c in ("explain empty", "explain 10.96.0.30:80", "explain 10.96.9.9:80")),
+        *((2, c) for c in ("explain 10.96.0.10", "explain nothing", "explain fd00::1:80/icmp")),
+        *((2, c) for c in ("endpoints nothing", "history nothing", "history --since yesterday")),
+        *((2, c) for c in ("flows nothing", "top --interval 0", "services -o csv", "diff web")),
+        *((2, c) for c in ("status web", "doctor --node", "services --config /nonexistent")),
+    ],
+)
+def test_each_exit_code_of_a_live_command(live: Live, code: int, command: str) -> None:
+    """As docs/commands.md has them; with 2 and 3 nothing is on standard output, and the reason is
+    on standard error."""
+    done = live.ask(*command.split())
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert bool(done.stderr) == (code == 2), done.stderr
+    assert not (done.stdout and code == 2)
+
+
+def test_status_is_exit_code_1_while_there_is_a_problem(live: Live) -> None:
+    """One Service cannot be served as it is; without it the code is 0."""
+    bad = service_document("bad", cluster_ips=["10.96.0.99"], externalIPs=["127.0.0.1"])
+    codes = []
+    for changed in ([*documents(), bad], documents()):
+        live.change(*changed)
+        codes.append(live.ask("status").returncode)
+    assert codes == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("code", "command"),
+    [
+        (1, "trace 10.96.9.9:80 --seconds 0.1"),
+        *((2, c) for c in ("trace 10.96.0.10", "trace 10.96.0.10:80 --from-address fd00::1")),
+        (2, "trace 10.96.0.10:80 --count 0"),
+    ],
+)
+def test_each_exit_code_of_trace_without_a_packet(live: Live, code: int, command: str) -> None:
+    done = live.run(*command.split())
+    assert (done.returncode, bool(done.stderr)) == (code, True)
+
+
+# --- rates --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def asking(live: Live) -> Iterator[None]:
+    """Connections that are answered, refused and dropped, all the while."""
+    addresses = ("10.96.0.10", "10.96.0.30", "10.96.9.9")
+    with ExitStack() as stack:
+        for address in addresses:
+            stack.enter_context(Connections(live.world, "pod-3", address, 80, pause=0.02))
+        yield
+
+
+def test_top_prints_the_rates_of_each_service_once_when_piped(live: Live) -> None:
+    for flags in (("--once",), ()):
+        with asking(live):
+            done = live.ask("top", "--interval", "1", *flags)
+        assert (done.returncode, done.stderr) == (0, "")
+        head, *lines = map(str.split, done.stdout.splitlines())
+        assert head == ["SERVICE", "CONNECTIONS/S", "REFUSED/S", "DROPPED/S"]
+        found = {" ".join(line[:-3]): [float(number) > 0 for number in line[-3:]] for line in lines}
+        assert found == {
+            "default/web": [True, False, False],
+            "default/empty": [False, True, False],
+            "(no Service)": [False, False, True],
+        }
+    assert live.ask("top", "--once", "--interval", "0.5", "-n", "other").stdout.split() == head
+
+
+def test_top_on_a_terminal_shows_rates_until_q_and_leaves_the_terminal_as_it_was(
+    live: Live,
+) -> None:
+    ours, its = os.openpty()
+    before = termios.tcgetattr(its)
+    command = [sys.executable, "-m", "agent", "top", "--interval", "0.3"]
+    process = live.world.popen(
+        "node",
+        [*command, "--socket", str(live.socket)],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        cwd=ROOT,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "20"},
+    )
+    shown = b""
+    with asking(live):
+        while b"default/web" not in shown:
+            shown += os.read(ours, 65536)
+    os.write(ours, b"q")
+    assert process.wait(PATIENCE) == 0
+    assert termios.tcgetattr(its) == before
+    os.close(ours)
+    os.close(its)
+
+
+def test_services_wide_has_the_counters_of_each_line(live: Live) -> None:
+    """The sums of its frontends, and what kubectl's users look for: policies and affinity."""
+    for _ in range(3):
+        assert live.world.ask("pod-3", "10.96.0.10", 80).outcome == "answered"
+    time.sleep(READ_SECONDS)
+    lines = live.record("services")
+    head, *rows = live.ask("services", "-o", "wide").stdout.splitlines()
+    assert head.split()[-3:] == ["CONNECTIONS", "REFUSED", "DROPPED"]
+    assert len(rows) == len(lines)
+    for line, row in zip(lines, rows, strict=True):
+        assert row.split()[:2] == [line["namespace"], line["name"]]
+        sums = [
+            str(sum(f[name] for f in line["frontends"]))
+            for name in ("connections", "refused", "dropped")
+        ]
+        assert row.split()[-3:] == sums
+        assert f"{line['internal_policy']}/{line['external_policy']}" in row
+        assert ("10800 s" in row) == (line["name"] == "sticky")
+        assert all(frontend["address"] in row for frontend in line["frontends"])
+    (web,) = (line for line in lines if line["name"] == "web")
+    assert sum(f["connections"] for f in web["frontends"]) >= 3
 
 
 # --- what packets do ----------------------------------------------------------------------------
