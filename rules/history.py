@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,6 +27,7 @@ from rules.objects import (
     Endpoint,
     Endpoints,
     EndpointSlice,
+    Name,
     Row,
     Service,
     address_text,
@@ -75,6 +76,31 @@ class ObjectChange(NamedTuple):
     after: Service | EndpointSlice | None
 
 
+class EndpointChange(NamedTuple):
+    """An endpoint's version before and after; None for none. `triggered` is the API's time of the
+    cause, `last` says that its EndpointSlice was deleted."""
+
+    service: Name | None
+    triggered: str
+    last: bool
+    old: Endpoint | None
+    new: Endpoint | None
+
+
+class _Recorded(NamedTuple):
+    """An entry that is not written yet."""
+
+    sequence: int
+    time: float
+    elements: int
+    change: EndpointChange
+
+    @property
+    def service(self) -> str:
+        """namespace/name."""
+        return str(self.change.service)
+
+
 class History:
     """See the module. One thread records; any thread may ask for `entries`.
 
@@ -83,14 +109,20 @@ class History:
 
     def __init__(self, seconds: Callable[[str], float | None], capacity: int = CAPACITY) -> None:
         self._seconds = seconds
-        self._entries: deque[Entry] = deque(maxlen=max(1, capacity))
+        self._entries: deque[Entry | _Recorded] = deque(maxlen=max(1, capacity))
         self._sequence = 0
 
     def record(self, changes: Iterable[ObjectChange], now: float, elements: int) -> None:
-        """Adds the changes that one transaction has programmed."""
+        """Adds the changes that one transaction has programmed. What is said of an endpoint is
+        written when it is read: where many change, most entries never are."""
         for change in changes:
-            for kind, fields in _described(change):
-                self._add(kind, now, elements=elements, **fields)
+            for one in _of_change(change):
+                if isinstance(one, EndpointChange):
+                    self._sequence += 1
+                    self._entries.append(_Recorded(self._sequence, now, elements, one))
+                else:
+                    kind, fields = one
+                    self._add(kind, now, elements=elements, **fields)
 
     def note(self, kind: str, now: float, reason: str, elements: int = 0) -> None:
         """Adds an entry about the node as a whole: a start, a repair, a refusal."""
@@ -108,20 +140,32 @@ class History:
             and entry.time >= since
             and (not service or entry.service == service)
         ]
-        return found[-limit:]
+        return [
+            self._written(entry) if isinstance(entry, _Recorded) else entry
+            for entry in found[-limit:]
+        ]
 
-    def _add(self, kind: str, now: float, **fields: object) -> None:
+    def _written(self, recorded: _Recorded) -> Entry:
+        sequence, now, elements, change = recorded
+        delay = self._delay(change.triggered, now)
+        fields = _of_endpoint(change)
+        return Entry(sequence, now, elements=elements, delay_seconds=delay, **fields)
+
+    def _delay(self, triggered: str, now: float) -> float | None:
+        """Seconds from the API's time of the cause until now."""
+        cause = self._seconds(triggered) if triggered else None
+        return None if cause is None else round(max(0.0, now - cause), 3)
+
+    def _add(self, kind: str, now: float, *, triggered: str = "", **fields: Any) -> None:
         self._sequence += 1
-        triggered = fields.pop("triggered", "")
-        if isinstance(triggered, str) and (cause := self._seconds(triggered)) is not None:
-            fields["delay_seconds"] = round(max(0.0, now - cause), 3)
-        self._entries.append(Entry(self._sequence, now, kind, **fields))  # type: ignore[arg-type]
+        delay = self._delay(triggered, now)
+        self._entries.append(Entry(self._sequence, now, kind, delay_seconds=delay, **fields))
 
 
-_Described = tuple[str, dict[str, object]]
+_Described = tuple[str, dict[str, str]]
 
 
-def _described(change: ObjectChange) -> Iterator[_Described]:
+def _of_change(change: ObjectChange) -> Iterator[_Described | EndpointChange]:
     before, after = change
     if isinstance(before, EndpointSlice) or isinstance(after, EndpointSlice):
         assert not isinstance(before, Service)
@@ -141,7 +185,9 @@ def _differing(before: Service, after: Service) -> str:
     return ", ".join(n for n in names if getattr(before, n) != getattr(after, n))
 
 
-def _of_slice(before: EndpointSlice | None, after: EndpointSlice | None) -> Iterator[_Described]:
+def _of_slice(
+    before: EndpointSlice | None, after: EndpointSlice | None
+) -> Iterator[_Described | EndpointChange]:
     if before and after and before.service != after.service:
         yield from _of_slice(before, None)
         yield from _of_slice(None, after)
@@ -150,25 +196,17 @@ def _of_slice(before: EndpointSlice | None, after: EndpointSlice | None) -> Iter
     if piece is None:
         return
     had, has = _differing_endpoints(before, after)
-    common: dict[str, object] = {"service": str(piece.service)}
-    if after:
-        common["triggered"] = after.triggered
-    left = MOST_IN_ONE_CHANGE
-    more = 0
-    for address in [*(a for a in had if a not in has), *has]:
-        old, new = had.get(address), has.get(address)
-        if old == new:
-            continue
-        if not left:
-            more += 1
-            continue
-        described = _of_endpoint(address, old, new, slice_is_gone=after is None)
-        if described:
-            left -= 1
-            kind, fields = described
-            yield kind, common | fields
-    if more:
-        yield "endpoint_changed", {**common, "reason": f"and {more} more endpoints of this slice"}
+    triggered = after.triggered if after else ""
+    changed = [
+        EndpointChange(piece.service, triggered, after is None, old, new)
+        for address in [*(a for a in had if a not in has), *has]
+        if (old := had.get(address)) != (new := has.get(address))
+    ]
+    yield from changed[:MOST_IN_ONE_CHANGE]
+    if (more := len(changed) - MOST_IN_ONE_CHANGE) > 0:
+        reason = f"and {more} more endpoints of this slice"
+        fields = {"service": str(piece.service), "reason": reason, "triggered": triggered}
+        yield "endpoint_changed", fields
 
 
 def _differing_endpoints(
@@ -186,22 +224,24 @@ def _by_address(rows: Iterable[Row | None]) -> dict[Address, Endpoint]:
     return {row[0][0]: Endpoint(row[0][0], *row[1], row[2]) for row in rows if row}
 
 
-def _of_endpoint(
-    address: Address, old: Endpoint | None, new: Endpoint | None, *, slice_is_gone: bool
-) -> _Described | None:
+def _of_endpoint(change: EndpointChange) -> dict[str, Any]:
+    """What an entry says of it."""
+    old, new = change.old, change.new
     endpoint = new or old
     assert endpoint is not None
-    fields: dict[str, object] = {
-        "endpoint": address_text(address),
+    fields = {
+        "service": str(change.service),
+        "endpoint": address_text(endpoint.address),
         "pod": endpoint.pod,
         "node": endpoint.node,
     }
     if old is None:
-        return "endpoint_added", {**fields, "reason": condition_text(endpoint.conditions)}
+        reason = condition_text(endpoint.conditions)
+        return {**fields, "kind": "endpoint_added", "reason": reason}
     if new is None:
-        was = condition_text(old.conditions)
-        why = "its EndpointSlice was deleted" if slice_is_gone else "removed from its EndpointSlice"
-        return "endpoint_removed", {**fields, "reason": f"{why}; it was {was}"}
+        why = "its EndpointSlice was deleted" if change.last else "removed from its EndpointSlice"
+        reason = f"{why}; it was {condition_text(old.conditions)}"
+        return {**fields, "kind": "endpoint_removed", "reason": reason}
     reasons = []
     if old.conditions != new.conditions:
         reasons.append(
@@ -211,7 +251,7 @@ def _of_endpoint(
         reasons.append("other topology hints")
     if (old.node, old.zone, old.pod) != (new.node, new.zone, new.pod):
         reasons.append("another pod or node has the address")
-    return ("endpoint_changed", {**fields, "reason": "; ".join(reasons)}) if reasons else None
+    return {**fields, "kind": "endpoint_changed", "reason": "; ".join(reasons)}
 
 
 def condition_text(conditions: int) -> str:
