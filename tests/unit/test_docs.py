@@ -103,6 +103,12 @@ def test_commands_in_sentences_and_tables_have_flags_that_exist(page: Path) -> N
         flags_exist(inline)
 
 
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_image_has_no_other_program_to_run(page: Path) -> None:
+    executed = re.findall(r"\bexec [\w/${}#. -]+ -- (\S+)", page.read_text())
+    assert set(executed) <= {"sliceproxy"}
+
+
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 @pytest.mark.parametrize("block", console(where="cluster"), ids=lambda block: block.name)
 def test_commands_have_flags_that_kubectl_has(block: Block) -> None:
