@@ -86,7 +86,7 @@ def _arguments() -> argparse.Namespace:
         "--encoding",
         choices=("protobuf", "json"),
         default="protobuf",
-        help="how lists and watches are encoded, if streamed",
+        help="how lists and watches are encoded",
     )
     arguments = parser.parse_args()
     if arguments.output is None:

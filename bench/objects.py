@@ -59,10 +59,12 @@ def generation(octet: int, index: int) -> str:
 
 
 class Encoding(NamedTuple):
-    """How a server sends watch events. `event` encodes one: its type and an object in JSON."""
+    """How a server answers. `event` encodes an event of a watch: its type and an object in JSON;
+    `page` a list of objects of a kind."""
 
     content_type: str
     event: Callable[[str, bytes], bytes]
+    page: Callable[[str, bytes], bytes]
 
 
 def _json_event(kind: str, item: bytes) -> bytes:
@@ -73,9 +75,15 @@ def _protobuf_event(kind: str, item: bytes) -> bytes:
     return protobuf.watch_event(kind, msgspec.json.decode(item))
 
 
+def _protobuf_page(kind: str, body: bytes) -> bytes:
+    return protobuf.whole_list(kind, msgspec.json.decode(body))
+
+
 ENCODINGS = {
-    "json": Encoding("application/json", _json_event),
-    "protobuf": Encoding("application/vnd.kubernetes.protobuf;stream=watch", _protobuf_event),
+    "json": Encoding("application/json", _json_event, lambda _, body: body),
+    "protobuf": Encoding(
+        "application/vnd.kubernetes.protobuf;stream=watch", _protobuf_event, _protobuf_page
+    ),
 }
 
 

@@ -1,8 +1,8 @@
 """An API server that has its answers ready: it costs next to nothing while others are measured.
 
-Lists are streamed as a server of Kubernetes 1.34 streams them, each object a chunk of its own, in
-protobuf or JSON; or they are pages of 500 in JSON, compressed, as from older ones. Then the watches
-are silent until `push`.
+Lists are streamed as a server of Kubernetes 1.34 streams them, each object a chunk of its own, or
+they are pages of 500, compressed as the server does it (gzip, level 1); both in protobuf or JSON.
+Then the watches are silent until `push`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from urllib.parse import parse_qs, urlsplit
 
-from bench.objects import FIRST_VERSION, GROUPS, KINDS, Cluster
+from bench.objects import FIRST_VERSION, GROUPS, KINDS, Cluster, Encoding
 
 PAGE = 500
 _PATHS = {(f"/apis/{GROUPS[p]}/v1/{p}" if p in GROUPS else f"/api/v1/{p}"): p for p in KINDS}
@@ -42,10 +42,10 @@ class Prepared:
             else:
                 objects = list(cluster.objects(plural))
                 self.sizes[plural] = sum(map(len, objects))
-                self.pages[plural] = list(_pages(plural, objects))
+                self.pages[plural] = list(_pages(plural, objects, cluster.encoding))
 
 
-def _pages(plural: str, objects: list[bytes]) -> Iterable[bytes]:
+def _pages(plural: str, objects: list[bytes], encoding: Encoding) -> Iterable[bytes]:
     starts = range(0, max(1, len(objects)), PAGE)
     for number, start in enumerate(starts):
         token = b',"continue":"%d"' % (number + 1) if number + 1 < len(starts) else b""
@@ -55,10 +55,11 @@ def _pages(plural: str, objects: list[bytes]) -> Iterable[bytes]:
             token,
         )
         body += b',"items":[%s]}' % b",".join(objects[start : start + PAGE])
-        packed = gzip.compress(body, 1)
+        packed = gzip.compress(encoding.page(KINDS[plural], body), 1)
         yield (
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(packed), packed)
+            b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Encoding: gzip\r\n"
+            b"Content-Length: %d\r\n\r\n%s"
+            % (encoding.content_type.partition(";")[0].encode(), len(packed), packed)
         )
 
 
