@@ -101,17 +101,19 @@ def _addresses(
         (Kind.EXTERNAL_IP, service.external_ips if external_ips else (), service.external_local),
     ):
         if addresses:
-            yield kind, tuple(a for a in addresses if len(a) in lengths), local
+            yield kind, tuple([a for a in addresses if len(a) in lengths]), local
 
 
 def _node_ports(service: Service) -> Iterator[Frontend]:
     """A node port answers in every family in which the Service has a cluster IP."""
+    ports = [port for port in service.ports if port.node_port]
+    if not ports:
+        return
     local = service.external_local
     families = {FAMILY_OF_LENGTH[len(address)] for address in service.cluster_ips}
     for family in FAMILIES:
-        for port in service.ports if family in families else ():
-            if number := port.node_port:
-                yield Frontend(Kind.NODE_PORT, family, b"", port.protocol, number, port, local)
+        for port in ports if family in families else ():
+            yield Frontend(Kind.NODE_PORT, family, b"", port.protocol, port.node_port, port, local)
 
 
 def frontend_count(service: Service, *, external_ips: bool = True) -> int:

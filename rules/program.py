@@ -345,9 +345,12 @@ def claim_of(frontend: Frontend) -> Claim:
 
 def _hairpins(family: int, lists: PortLists, node: str) -> Iterator[SetElement]:
     """(address, address) of each used endpoint on this node, so that it can reach itself."""
-    hairpins = SETS[family].hairpins
-    for target in {*lists.cluster.targets, *lists.local.targets}:
-        if lists.found[target].node == node:
+    here = [target for target, endpoint in lists.found.items() if endpoint.node == node]
+    if not here:
+        return
+    hairpins, used = SETS[family].hairpins, {*lists.cluster.targets, *lists.local.targets}
+    for target in here:
+        if target in used:
             address = address_of(target)
             yield hairpins, address + address, None
 

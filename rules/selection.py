@@ -66,8 +66,14 @@ def candidates(
         for name, number, port in piece.ports:
             if name == port_name and number == protocol:
                 tail = packed_port(port)
-                for endpoint in piece.endpoints:
-                    target = endpoint.address + tail
+                copies = [(endpoint.address + tail, endpoint) for endpoint in piece.endpoints]
+                if not found:
+                    found = dict(copies)
+                    if len(found) == len(copies):  # as nearly always: one slice, each address once
+                        ages = dict.fromkeys(found, piece.created)
+                        continue
+                    found = {}
+                for target, endpoint in copies:
                     if target not in found or _precedence(endpoint, piece.created) > _precedence(
                         found[target], ages[target]
                     ):
@@ -127,11 +133,16 @@ def cluster_list(found: Mapping[Target, Endpoint], place: NodeLocation) -> Selec
 def local_list(found: Mapping[Target, Endpoint], place: NodeLocation) -> Selection:
     """What this node uses under traffic policy Local."""
     here = [(t, e) for t, e in found.items() if e.node == place.node]
+    if not here:
+        return _NONE_HERE
     ready = tuple(t for t, e in here if e.conditions & READY)
     if ready:
         return Selection(Basis.LOCAL_READY, ready)
     leaving = tuple(t for t, e in here if _leaving(e))
     return Selection(Basis.LOCAL_TERMINATING if leaving else Basis.NONE, leaving)
+
+
+_NONE_HERE = Selection(Basis.NONE, ())
 
 
 def reason(endpoint: Endpoint, target: Target, selection: Selection, place: NodeLocation) -> str:

@@ -595,6 +595,8 @@ class State:
         else:
             self.health_checks.pop(name, None)
         for sign, program_ in ((-1, old), (1, new)):
+            if program_ is NOTHING:
+                continue
             for family, policy, _, _ in no_local_endpoints(program_):
                 self.lacking[family, policy] += sign
         served, serves = (any(w.endpoints for w in p.wanted.values()) for p in (old, new))

@@ -7,6 +7,8 @@ nftables concatenation fills whole 32-bit registers. So 8 bytes for IPv4 and 20 
 
 from __future__ import annotations
 
+from functools import cache
+
 from rules.objects import Address, address_text
 
 Target = bytes
@@ -15,6 +17,7 @@ PORT_LENGTH = 4
 """Bytes of a packed port: 2 of the number and 2 of padding."""
 
 
+@cache
 def packed_port(port: int) -> bytes:
     """A port as it follows the address in a target, and the protocol in a key."""
     return port.to_bytes(2, "big") + b"\0\0"
