@@ -151,7 +151,7 @@ def service(shape: Any, metadata: Metadata) -> Service:
     asks = ALGORITHM_ANNOTATION in annotations
     chosen = balancing(annotations, problems) if asks else RANDOM_CHOICE
     return Service(
-        name=Name(name.namespace, sys.intern(name.name)),  # its slices have the same string
+        name=name,
         created=metadata.created,
         proxy_name=metadata.labels.get(PROXY_NAME_LABEL),
         headless=HEADLESS_LABEL in metadata.labels,
@@ -279,7 +279,7 @@ def endpoint_slice(
         endpoints = weighted_endpoints(weights, endpoints, problems)
     return EndpointSlice(
         name=name,
-        service=Name(name.namespace, sys.intern(owner)) if owner else None,
+        service=Name(name.namespace, owner) if owner else None,
         proxy_name=labels.get(PROXY_NAME_LABEL),
         headless=HEADLESS_LABEL in labels,
         family=family,

@@ -97,7 +97,7 @@ class Change:
         return sum(map(len, self.removed.values())) + sum(map(len, self.added.values()))
 
 
-class Installed(msgspec.Struct, frozen=True):
+class Installed(msgspec.Struct, frozen=True, gc=False):
     """What one frontend was given: two lists with their slots and widths, and other elements."""
 
     wanted: Wanted

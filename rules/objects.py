@@ -4,6 +4,9 @@ What a record holds has been parsed: addresses are packed bytes in network order
 protocol numbers, names are plain strings that never reach a rule. `rules.decode` and
 `rules.decode_protobuf` make records from the API's encodings.
 
+Records are never part of a reference cycle, so the garbage collector need not know them (`gc`): 16
+bytes less for each.
+
 There are two kinds of bad input. An object of the wrong shape (a string in place of a number, no
 name) raises `InvalidObject`; the caller keeps the last valid version of that object. In an object
 of the right shape an unusable value (not an address, a port out of range) is left out of the record
@@ -68,7 +71,7 @@ class Name(NamedTuple):
         return f"{self.namespace}/{self.name}"
 
 
-class ServicePort(msgspec.Struct, frozen=True):
+class ServicePort(msgspec.Struct, frozen=True, gc=False):
     """One port of a Service. `node_port` is 0 where the Service has none."""
 
     name: str
@@ -101,7 +104,7 @@ RANDOM_CHOICE = Balancing(Algorithm.RANDOM)
 """The balancing of a Service without annotations."""
 
 
-class Service(msgspec.Struct, frozen=True):
+class Service(msgspec.Struct, frozen=True, gc=False):
     """The fields of a Service that the data plane uses.
 
     `proxied` is false for Services that have no address of their own (headless, ExternalName, not
@@ -225,7 +228,7 @@ class SlicePort(NamedTuple):
     port: int
 
 
-class EndpointSlice(msgspec.Struct, frozen=True):
+class EndpointSlice(msgspec.Struct, frozen=True, gc=False):
     """A slice. `family` is 4 or 6, or 0 where the slice holds no addresses a proxy can use.
 
     `service` is None without the label kubernetes.io/service-name: controllers of other projects

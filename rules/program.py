@@ -92,7 +92,7 @@ class Claim(NamedTuple):
     key: Key
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class Wanted(msgspec.Struct, frozen=True, gc=False):
     """What one frontend wants.
 
     `endpoints` get slots under the claim's key, `inside` likewise in a map of their own, if it is
@@ -118,7 +118,7 @@ class Wanted(msgspec.Struct, frozen=True):
         return 1 + min(len(self.endpoints), MAX_ENDPOINTS) + inside + len(self.elements)
 
 
-class Program(msgspec.Struct, frozen=True):
+class Program(msgspec.Struct, frozen=True, gc=False):
     """What one Service wants. `shared` has no element twice. `created` is the Service's.
     `problems` are codes and texts of `rules.problems`.
 

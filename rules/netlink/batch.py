@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from typing import NamedTuple
 
 from rules.language import Chain, Set
@@ -64,6 +65,7 @@ from rules.netlink.sets import set_body
 from rules.text import Element, Key
 
 _MAX_NEST = 60_000  # an attribute's length is a 16-bit number
+_PORTION = 1000  # so many elements are encoded at a time: a start has 44,000 verdicts
 
 
 def nft_type(kind: int) -> int:
@@ -188,11 +190,13 @@ class Batch:
     ) -> None:
         """Adds elements. One that is present with the same data is no error. The counters of those
         in `counts` begin there."""
-        if counts:
-            encoded = encode_counted(owner, elements, counts)
-        else:
-            encoded = encode_elements(owner, elements)
-        self._elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, table, owner, encoded)
+        waiting = iter(elements)
+        while portion := list(islice(waiting, _PORTION)):
+            if counts:
+                encoded = encode_counted(owner, portion, counts)
+            else:
+                encoded = encode_elements(owner, portion)
+            self._elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, table, owner, encoded)
 
     def add_slots(
         self, table: str, owner: Set, lists: Iterable[tuple[Key, Sequence[bytes]]]
