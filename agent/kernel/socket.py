@@ -124,7 +124,7 @@ class NetlinkSocket(Closing):
         self._sequence = (self._sequence + count) % SEQUENCES
         return first
 
-    def send(self, data: bytes, least_buffer: int = 0) -> None:
+    def send(self, data: bytes | bytearray, least_buffer: int = 0) -> None:
         """Sends a datagram, whatever its size."""
         size = max(len(data) + (1 << 16), least_buffer)
         if size > self._send_buffer:
@@ -182,7 +182,7 @@ class NetlinkSocket(Closing):
                         return
                     yield data, start, end
 
-    def transact(self, data: bytes, first: int, count: int) -> list[Failure]:
+    def transact(self, data: bytes | bytearray, first: int, count: int) -> list[Failure]:
         """Sends a batch of messages numbered from `first` on, of which the last asks for an
         acknowledgement. Returns what failed; nothing if that was acknowledged.
 
@@ -207,7 +207,7 @@ class NetlinkSocket(Closing):
                     self._unread = False
                     return []
 
-    def _begin(self, data: bytes) -> None:
+    def _begin(self, data: bytes | bytearray) -> None:
         """Sends a request, once nothing is left of earlier ones. The kernel refuses a dump while
         another one has not been read to its end (EBUSY)."""
         if self._unread:

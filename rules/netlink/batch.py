@@ -5,6 +5,7 @@ The kernel applies all of it or nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
@@ -79,12 +80,11 @@ def content(family: int, body: bytes) -> bytes:
 
 
 class _Part(NamedTuple):
-    """A message of a batch before it has a sequence number, and what an error is about."""
+    """A message of a batch before it has a sequence number."""
 
     type: int
     flags: int
     content: bytes
-    subject: str
 
 
 class Batch:
@@ -95,41 +95,46 @@ class Batch:
     """
 
     def __init__(self) -> None:
-        self._parts: list[_Part] = []
+        self._parts: deque[_Part] = deque()
+        self._subjects: list[str] = []
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._subjects)
 
     @property
     def sequences(self) -> int:
         """How many sequence numbers `encode` uses: one for each message, and begin and end."""
-        return len(self._parts) + 2
+        return len(self) + 2
 
     def add(self, kind: int, family: int, body: bytes, flags: int, subject: str) -> None:
         """Appends a message of type NFT_MSG_*; `subject` is what an error message calls it."""
-        self._parts.append(_Part(nft_type(kind), flags, content(family, body), subject))
+        self._parts.append(_Part(nft_type(kind), flags, content(family, body)))
+        self._subjects.append(subject)
 
     def subject(self, index: int) -> str:
         """What message number `index` is about; the begin message is number 0."""
-        if 1 <= index <= len(self._parts):
-            return self._parts[index - 1].subject
+        if 1 <= index <= len(self):
+            return self._subjects[index - 1]
         return "the transaction"
 
-    def encode(self, first: int = 1, generation: int | None = None) -> bytes:
+    def encode(self, first: int = 1, generation: int | None = None) -> bytearray:
         """The whole batch, numbered from `first` on. With a `generation` the kernel refuses it
         (ERESTART) if the ruleset has changed since.
 
-        The kernel acknowledges the end message, number `first + sequences - 1`.
+        The kernel acknowledges the end message, number `first + sequences - 1`. To be called once:
+        the messages are handed over, so that a large batch is in memory once.
         """
         genid = b"" if generation is None else u32(NFNL_BATCH_GENID, generation)
-        parts = [message(NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, first, _BATCH + genid)]
+        data = bytearray(message(NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, first, _BATCH + genid))
         sequence = first
-        for kind, flags, body, _ in self._parts:
+        while self._parts:
+            kind, flags, body = self._parts.popleft()
             sequence = (sequence + 1) % SEQUENCES
-            parts += message_header(kind, NLM_F_REQUEST | flags, sequence, len(body)), body
+            data += message_header(kind, NLM_F_REQUEST | flags, sequence, len(body))
+            data += body
         sequence = (sequence + 1) % SEQUENCES
-        parts.append(message(NFNL_MSG_BATCH_END, NLM_F_REQUEST | NLM_F_ACK, sequence, _BATCH))
-        return b"".join(parts)
+        data += message(NFNL_MSG_BATCH_END, NLM_F_REQUEST | NLM_F_ACK, sequence, _BATCH)
+        return data
 
     # tables, chains, sets
 
@@ -147,7 +152,7 @@ class Batch:
     ) -> None:
         """Creates a set or map that is to hold `count` elements at once; see `set_body`."""
         body = set_body(table, described, count, counters=counters)
-        body += u32(NFTA_SET_ID, len(self._parts) + 1)
+        body += u32(NFTA_SET_ID, len(self) + 1)
         self.add(NFT_MSG_NEWSET, described.family, body, NLM_F_CREATE, f"set {described.name}")
 
     def delete_set(self, family: int, table: str, name: str) -> None:
