@@ -71,11 +71,13 @@ class Place(NamedTuple):
 
 class Meeting(NamedTuple):
     """What a client meets: the word of `explain`, what its packets must meet, and the endpoints
-    that answer, each with the client that it sees: "own" or "node"."""
+    that answer, each with the client that it sees: "own" or "node". With `one` each client always
+    gets the same one of them."""
 
     explained: str
     outcome: Outcome
     endpoints: tuple[tuple[str, str], ...] = ()
+    one: bool = False
 
 
 def sent(*hosts: str, seen: str | Mapping[str, str] = "own") -> Meeting:
@@ -97,6 +99,11 @@ def at_cluster_ip(*hosts: str) -> dict[str, Meeting]:
     """By every client, with pods of the node identified."""
     masqueraded = sent(*hosts, seen="node")
     return {"pod-3": sent(*hosts), "node": masqueraded, "client": masqueraded}
+
+
+def at_cluster_ip_by_client(*hosts: str) -> dict[str, Meeting]:
+    """As `at_cluster_ip`, each client by one of them."""
+    return {who: met._replace(one=True) for who, met in at_cluster_ip(*hosts).items()}
 
 
 def at_external(*hosts: str) -> dict[str, Meeting]:
@@ -128,6 +135,7 @@ class Slice:
     ports: Ports = SERVED
     labels: Mapping[str, str | None] | None = None
     """Besides the name of the Service; None in place of a value removes the label."""
+    annotations: Mapping[str, str] = field(default_factory=dict)
     created: str = CREATED
     families: tuple[int, ...] = FAMILIES
 
@@ -148,6 +156,7 @@ class Slice:
                 family=f"IPv{family}",
                 created=self.created,
             )
+            document["metadata"]["annotations"] = dict(self.annotations)
             labels = document["metadata"]["labels"]
             for label, value in (self.labels or {}).items():
                 labels[label] = value
@@ -196,6 +205,7 @@ class Case:
     service: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     labels: Mapping[str, str] | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
     created: str = CREATED
     beside: Callable[[Place], Documents] = lambda _: []
     families: tuple[int, ...] = FAMILIES
@@ -216,6 +226,7 @@ class Case:
             fields[spec_field] = value(place) if callable(value) else value
         service = service_document(name, **fields)
         service["metadata"]["labels"] = dict(self.labels or {})
+        service["metadata"]["annotations"] = dict(self.annotations)
         found = [service, *self.beside(place)]
         for number, piece in enumerate(self.slices):
             found += piece.documents(name, number, address)
@@ -814,6 +825,103 @@ CLAIMS = [
     ),
 ]
 
+ALGORITHM, WEIGHTS = "sliceproxy.io/algorithm", "sliceproxy.io/weights"
+ZONE_WEIGHTS = "sliceproxy.io/zone-weights"
+WEIGHTED, BY_HASH = {ALGORITHM: "weighted"}, {ALGORITHM: "source-hash"}
+NAMED = slices(pod("pod-1", pod="a", zone="a"), pod("remote-1", pod="b", zone="b"))
+
+ALGORITHMS = [
+    Case(
+        "| `random`, or absent |",
+        "named",
+        {"cluster-ip": at_cluster_ip("pod-1", "remote-1")},
+        NAMED,
+        annotations={ALGORITHM: "random"},
+    ),
+    Case(
+        "| `weighted` |",
+        "all weights are 1",
+        {"cluster-ip": at_cluster_ip("pod-1", "remote-1")},
+        NAMED,
+        annotations=WEIGHTED,
+    ),
+    Case(
+        "| `source-hash` |",
+        "one endpoint for each client",
+        {"cluster-ip": at_cluster_ip_by_client("pod-1", "pod-2", "remote-1")},
+        slices("pod-1", "pod-2", "remote-1"),
+        annotations=BY_HASH,
+    ),
+    Case(
+        "`sliceproxy.io/weights` on its EndpointSlice",
+        "before those of the Service",
+        {"cluster-ip": at_cluster_ip("pod-1")},
+        (Slice(NAMED[0].pods, annotations={WEIGHTS: "a=1,b=0"}),),
+        annotations={**WEIGHTED, WEIGHTS: "a=0,b=1"},
+    ),
+    Case(
+        "`sliceproxy.io/weights` on the Service",
+        "by the addresses of endpoints, before those of zones",
+        {"cluster-ip": at_cluster_ip("remote-1")},
+        NAMED,
+        annotations={
+            **WEIGHTED,
+            WEIGHTS: "10.244.1.11=0,fd00:10:244:1::11=0",
+            ZONE_WEIGHTS: "a=1",
+        },
+    ),
+    Case(
+        "`sliceproxy.io/zone-weights` on the Service",
+        "of source-hash, too",
+        {"cluster-ip": at_cluster_ip("remote-1")},
+        NAMED,
+        annotations={**BY_HASH, ZONE_WEIGHTS: "a=0,b=2"},
+    ),
+    Case(
+        "An endpoint with weight 0 is **drained**",
+        "all",
+        {"cluster-ip": REFUSED, "external-ip": REFUSED},
+        NAMED,
+        annotations={**WEIGHTED, WEIGHTS: "a=0,b=0"},
+    ),
+    Case(
+        "An endpoint with weight 0 is **drained**",
+        "all of this node, policy Local",
+        {"external-ip": under_local(DROPPED, "remote-1")},
+        NAMED,
+        LOCAL,
+        annotations={**WEIGHTED, WEIGHTS: "a=0"},
+    ),
+    Case(
+        "An endpoint with weight 0 is **drained**",
+        "before hints are looked at",
+        {"cluster-ip": at_cluster_ip("remote-1")},
+        slices(pod("pod-1", pod="a", **HERE), pod("remote-1", **THERE)),
+        annotations={**WEIGHTED, WEIGHTS: "a=0"},
+    ),
+    Case(
+        "Weights have no effect while the algorithm is `random`",
+        "no algorithm",
+        {"cluster-ip": at_cluster_ip("pod-1", "remote-1")},
+        NAMED,
+        annotations={WEIGHTS: "a=0"},
+    ),
+    Case(
+        "An annotation of a Service that cannot be read",
+        "an unknown algorithm",
+        {"cluster-ip": at_cluster_ip("pod-1", "remote-1")},
+        NAMED,
+        annotations={ALGORITHM: "fastest", WEIGHTS: "a=0"},
+    ),
+    Case(
+        "An annotation of a Service that cannot be read",
+        "weights of a slice",
+        {"cluster-ip": at_cluster_ip("pod-1", "remote-1")},
+        (Slice(NAMED[0].pods, annotations={WEIGHTS: "a=heavy"}),),
+        annotations=WEIGHTED,
+    ),
+]
+
 RANGES = [
     Case(
         "They guard load balancer IPs",
@@ -1104,7 +1212,8 @@ CORNERS = [
 ]
 
 CASES = [
-    *OBJECTS, *ENDPOINTS, *LISTS, *ADDRESSES, *NOTHING, *CLAIMS, *RANGES, *SOURCES, *CORNERS,
+    *OBJECTS, *ENDPOINTS, *LISTS, *ALGORITHMS, *ADDRESSES, *NOTHING, *CLAIMS, *RANGES, *SOURCES,
+    *CORNERS,
 ]  # fmt: skip
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -1133,6 +1242,19 @@ NOT_HERE = {
     "Up to 65,536 clients are remembered": (
         "needs a full map",
         "tests/kernel/test_affinity.py::test_a_flood_to_one_service_does_not_move_the_clients_of_another",
+    ),
+    "Weights are exact while their sum": (
+        "shares of thousands of slots",
+        "tests/kernel/test_algorithms.py::test_connections_are_in_proportion_to_the_weights",
+    ),
+    "`source-hash` with session affinity": (
+        "needs many clients",
+        "tests/kernel/test_algorithms.py::"
+        "test_a_remembered_client_stays_and_a_new_one_is_placed_by_its_hash",
+    ),
+    "When an endpoint is added or removed, of N": (
+        "needs many clients",
+        "tests/kernel/test_algorithms.py::test_few_clients_move_when_an_endpoint_is_removed_or_added",
     ),
     "`healthCheckNodePort` (policy Local)": (
         "the agent's own answer over HTTP, behind no rule",

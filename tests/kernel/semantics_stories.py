@@ -314,6 +314,36 @@ class Forgotten(Story):
         return self.net.server(asker, self.at("cluster_ip"))
 
 
+class Weighted(Story):
+    """An endpoint of weight 3 is in three times as many slots as one of weight 1, and gets three
+    connections of four."""
+
+    says = "| `weighted` |"
+    tries = 300
+
+    def documents(self, *, after: bool) -> Documents:
+        found = self.service(Slice((pod("pod-1", pod="a"), pod("pod-2", pod="b"))))
+        found[0]["metadata"]["annotations"] = {
+            "sliceproxy.io/algorithm": "weighted",
+            "sliceproxy.io/weights": "a=3,b=1",
+        }
+        return found
+
+    def begin(self) -> None:
+        where = self.at("cluster_ip")
+        (asked,) = self.client.get(
+            "/v1/explain",
+            Explanation,
+            {"target": f"{written(*where)}/tcp", "from": self.net.address("client")},
+        ).asked
+        slots = {one.endpoint.rpartition(":")[0].strip("[]"): one.slots for one in asked.endpoints}
+        assert slots[self.net.address("pod-1")] == 3 * slots[self.net.address("pod-2")]
+        servers = Counter(self.net.server("client", where) for _ in range(self.tries))
+        self.count(where, "tcp", "connections", self.tries)
+        # five standard deviations around three quarters
+        assert 0.625 < servers["pod-1"] / self.tries < 0.875
+
+
 class Refusal(Story):
     """A program that just connects is refused at its first SYN, over IPv6 too."""
 
@@ -331,4 +361,4 @@ class Refusal(Story):
             self.count(self.at("cluster_ip"), "tcp", "refused")
 
 
-STORIES: tuple[type[Story], ...] = (Narrower, Tcp, Udp, Sticky, Forgotten, Refusal)
+STORIES: tuple[type[Story], ...] = (Narrower, Tcp, Udp, Sticky, Forgotten, Weighted, Refusal)
