@@ -60,9 +60,10 @@ class Backend:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.made = 0
+        self.watches = [Watch("services", 5000), Watch("endpointslices", 5001)]
         self.broken: HttpAnswer | None = None
         self.watch = FakeFlowWatch()
-        self.flows = RecentFlows(_fail, lambda: self.watch, listening_seconds=1.5)
+        self.flows = RecentFlows(_fail, lambda: self.watch, listening_seconds=6.0)
         self.state = State(Settings(node="node-1").options())
         self.state.apply([Upsert(node(zone="a")), Synced()])
         self.state.step()
@@ -77,7 +78,7 @@ class Backend:
             state=self._take,
             heartbeat=heartbeat,
             history=self.history,
-            watches=lambda: [Watch("services", 5000), Watch("endpointslices", 5001)],
+            watches=lambda: self.watches,
             options={},
             examine=lambda _: self.checks,
             conntrack=lambda: (12_345, 262_144),
@@ -160,5 +161,6 @@ def _driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def page(_driver: Any, backend: Backend) -> Page:
     _driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    _driver.get("about:blank")  # the page of the test before still asks an agent that has gone
     _driver.get_log("browser")
     return Page(_driver, backend.url)

@@ -19,7 +19,7 @@ from rules.flow_report import Lost, NewConnection
 from rules.objects import Name, Service
 from rules.target import target_of
 from tests.browser.chromium import Page
-from tests.browser.conftest import Backend
+from tests.browser.conftest import Backend, Watch
 from tests.manifest import endpoint, endpoint_slice, service
 
 Keys = pytest.importorskip("selenium.webdriver", reason="needs selenium, the extra `browser`").Keys
@@ -509,6 +509,19 @@ def test_an_agent_that_is_not_programmed_is_the_headline(backend: Backend, page:
     backend.api = Api(backend.sources._replace(heartbeat=Heartbeat()))
     page.open()
     page.shows("This node is not programmed")
+
+
+def test_an_api_server_that_is_away_is_the_headline_and_an_old_one_is_not(
+    backend: Backend, page: Page
+) -> None:
+    """A resource that an older API server does not have is named, but alarms no one."""
+    backend.watches.append(Watch("servicecidrs", 0))
+    cidrs, services = backend.watches[-1], backend.watches[0]
+    cidrs.state, cidrs.last_valid = "backing off", None
+    page.open()
+    page.shows("Everything is programmed", "servicecidrs: backing off, last answer never")
+    services.state = "backing off"
+    page.shows("The API server does not answer", "The node forwards by its last valid state")
 
 
 def test_a_service_that_does_not_exist_is_said_with_a_proposal(
