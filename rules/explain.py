@@ -21,7 +21,7 @@ import msgspec
 
 from rules.diff import Elements
 from rules.endpoint_report import QuestionError, port_text
-from rules.frontends import Frontend, Kind
+from rules.frontends import FAMILY_OF_LENGTH, Frontend, Kind
 from rules.lookup import Destination, claim_met, node_port_claim
 from rules.objects import (
     PROTOCOL_NAMES,
@@ -168,7 +168,7 @@ def explain(
         answering,
         "" if answering else _why_not(state, target, used),
         tuple(_asked(state, target, asker, used) for asker in askers),
-        tuple(_notes(state, target)),
+        (*_notes(state, target), *_notes_on(askers, state, from_address, interface)),
         elements is not None,
     )
 
@@ -259,6 +259,22 @@ def _guarding(service: Service, frontend: Frontend) -> tuple[Network, ...]:
     if frontend.kind is not Kind.LOAD_BALANCER_IP:
         return ()
     return service.source_ranges
+
+
+def _notes_on(
+    askers: Iterable[_Asker],
+    state: State,
+    from_address: str | None,
+    interface: Callable[[Address], str] | None,
+) -> Iterator[str]:
+    """That the interface towards a client is not known, where the rules look at it."""
+    for asker in askers:
+        pods = state.local.pods(FAMILY_OF_LENGTH[len(asker.address)])
+        if from_address and not interface and asker.who != NODE and isinstance(pods, PodInterface):
+            yield (
+                "the rules identify pods by the interface at which their packets come in, which "
+                f"only the agent looks up: {from_address} was taken for {asker.who}"
+            )
 
 
 def _notes(state: State, target: Destination) -> Iterator[str]:

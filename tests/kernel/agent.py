@@ -113,7 +113,9 @@ def write(place: Path, *documents: dict[str, Any]) -> None:
 class Connections(threading.Thread):
     """Connects in a loop, all the while something else happens, and counts the outcomes.
 
-    It pauses for some seconds between two connections.
+    It pauses for some seconds between two connections. A connection whose first packet passed the
+    rules untouched is never answered, as conntrack does not ask them again; one that is merely
+    waiting for a busy machine is.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class Connections(threading.Thread):
     def run(self) -> None:
         world, host, address, port = self._target
         while not self._done.wait(self._pause):
-            answer = world.ask(host, address, port, timeout=2.0)
+            answer = world.ask(host, address, port, timeout=PATIENCE)
             self.outcomes[answer.outcome] += 1
             if answer.outcome != "answered":
                 self.failed.append(answer)

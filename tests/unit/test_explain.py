@@ -191,6 +191,33 @@ def test_a_local_endpoint_is_a_pod_even_if_no_network_identifies_pods() -> None:
     assert asked.endpoints == (Reached(f"{LOCAL}:8080", 0, "hairpin", 1),)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "interfaces", "who"),
+    [
+        ({"pod_interface_name_prefix": "veth"}, {"10.244.9.9": "veth12"}, POD),
+        ({"pod_interface_name_prefix": "veth"}, {"10.244.9.9": "eth0"}, OUTSIDE),
+        ({"pod_interface_name_prefix": "veth"}, {}, OUTSIDE),
+        ({"pod_bridge_interface": "cbr0"}, {"10.244.9.9": "cbr0"}, POD),
+        ({"pod_bridge_interface": "cbr0"}, {"10.244.9.9": "cbr01"}, OUTSIDE),
+    ],
+)
+def test_a_pod_is_identified_by_its_interface_where_the_rules_do_so(
+    chosen: dict[str, Any], interfaces: dict[str, str], who: str
+) -> None:
+    """With the interfaces of the node; without them the answer says that they are not known."""
+    mode = "BridgeInterface" if "pod_bridge_interface" in chosen else "InterfaceNamePrefix"
+    spec = {"externalTrafficPolicy": "Local", "externalIPs": ["203.0.113.1"]}
+    state = stepped(web(**spec), behind(REMOTE), cluster_cidr="", detect_local_mode=mode, **chosen)
+    known = {parse_address(address): name for address, name in interfaces.items()}
+    question = "203.0.113.1:80", "10.244.9.9"
+    live = explain(state, *question, interface=lambda address: known.get(address, ""))
+    outcome = "sent" if who == POD else "dropped"
+    assert [(a.who, a.outcomes) for a in live.asked] == [(who, (outcome,))]
+    assert not any("interface" in note for note in live.notes)
+    (note,) = explain(state, *question).notes
+    assert "10.244.9.9 was taken for a client outside" in note
+
+
 def test_an_asker_of_the_other_family_is_an_error() -> None:
     with pytest.raises(QuestionError, match="one is IPv4 and the other IPv6"):
         explain(stepped(web()), "10.96.0.10:80", "fd00::1")
