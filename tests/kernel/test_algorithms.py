@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -105,6 +107,40 @@ def test_weights_may_change_while_connections_are_made(proxy: Start, net: Net) -
     p.check()
 
 
+def test_no_connection_is_lost_while_slots_are_replaced(proxy: Start, net: Net) -> None:
+    """Packets between the look-up of a verdict and that of a slot meet tables that change."""
+    p = proxy(cluster_cidr=CLUSTER_CIDR)
+    p.put(asks(net, "source-hash"), net.slice(*ENDPOINTS))
+    where, stop = net.at("cluster-ip"), Event()
+    lost: list[object] = []
+
+    def connect(client: str, protocol: str) -> int:
+        count = 0
+        while not stop.is_set():
+            answer = net.ask(client, where, protocol, timeout=0.9)
+            count += 1
+            if answer.outcome != "answered":
+                lost.append((client, protocol, answer))
+        return count
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(connect, *a) for a in (("client", "tcp"), ("pod-3", "udp"))]
+        try:
+            for number in range(CHANGES):
+                hosts = ENDPOINTS[number % 3 :]
+                weights = weights_text(net, {ENDPOINTS[-1]: 1 + number % 9})
+                algorithm = ("source-hash", "source-hash", "weighted", "random")[number % 4]
+                p.put(asks(net, algorithm, weights=weights), net.slice(*hosts))
+        finally:
+            stop.set()
+    assert sum(a.result() for a in asked) > CHANGES
+    assert not lost
+    p.check()
+
+
+CHANGES = 200
+
+
 # --- source-hash ---------------------------------------------------------------------------------
 
 
@@ -193,7 +229,7 @@ def test_a_client_has_the_same_endpoint_whatever_happened_before(
     p = proxy(cluster_cidr=CLUSTER_CIDR)
     p.put(asks(net, "source-hash"), net.slice(*ENDPOINTS))
     first = crowd.ask(net.at("cluster-ip"))
-    for hosts in (("pod-6",), ("pod-6", "remote-2", "pod-4"), (), tuple(reversed(ENDPOINTS))):
+    for hosts in ((), ("pod-6",), ("pod-6", "remote-2", "pod-4"), tuple(reversed(ENDPOINTS))):
         p.put(net.slice(*hosts))
     assert crowd.ask(net.at("cluster-ip")) == first
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rules.events import Upsert
 from rules.objects import (
     RANDOM_CHOICE,
     Algorithm,
@@ -16,6 +17,9 @@ from rules.objects import (
     Service,
     WeightedEndpoint,
 )
+from rules.options import Options
+from rules.state import State
+from rules.target import target_of
 from rules.weights import MAX_WEIGHT, MAX_WEIGHTS, weigher
 from tests import manifest
 
@@ -159,3 +163,20 @@ def test_weights_of_endpoints_that_are_gone_are_no_problem():
     piece = slice_with("gone=3,10.0.0.9=1", manifest.endpoint("10.0.0.1", pod="db-0"))
     assert piece.problems == ()
     assert weights(service("weighted", weights="gone=1"), piece) == {"10.0.0.1": 1}
+
+
+def test_a_bad_annotation_is_a_problem_of_its_object_alone():
+    """Open while it is there, and closed when it is mended; the other objects are served."""
+    state = State(Options(node="node-1"))
+    good = manifest.endpoint_slice(endpoints=[manifest.endpoint("10.0.0.2", pod="b")], name="good")
+    bad = slice_with("a=many", manifest.endpoint("10.0.0.1", pod="a"))
+    state.apply([Upsert(service("weighted", weights="b=0,a=3")), Upsert(good), Upsert(bad)])
+    state.step()
+    (problem,) = state.problems.open()
+    assert (problem.code, problem.subject.kind) == ("unusable_value", "EndpointSlice")
+    assert (problem.subject.name, problem.subject.service) == (str(bad.name), "default/web")
+    (installed, *_) = state.installed.values()
+    assert set(installed.slots) == {target_of(packed("10.0.0.1"), 8080)}
+    state.apply([Upsert(slice_with("a=2", manifest.endpoint("10.0.0.1", pod="a")))])
+    state.step()
+    assert state.problems.empty
