@@ -207,6 +207,10 @@ def _of_slice(
         reason = f"and {more} more endpoints of this slice"
         fields = {"service": str(piece.service), "reason": reason, "triggered": triggered}
         yield "endpoint_changed", fields
+    if before and after and before.endpoints.weights != after.endpoints.weights:
+        reason = f"weights of slice {piece.name.name} changed"
+        fields = {"service": str(piece.service), "reason": reason, "triggered": triggered}
+        yield "endpoint_changed", fields
 
 
 def _differing_endpoints(

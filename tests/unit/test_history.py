@@ -7,7 +7,7 @@ from datetime import datetime
 import msgspec
 
 from rules.history import MOST_IN_ONE_CHANGE, Entry, History, ObjectChange
-from tests.manifest import endpoint, endpoint_slice, service
+from tests.manifest import balancing, endpoint, endpoint_slice, service
 
 NOW = 1_800_000_000.0
 
@@ -43,6 +43,17 @@ def test_added_and_removed_endpoints_are_distinguished_with_the_reason() -> None
     assert removed.kind == "endpoint_removed"
     assert removed.reason.startswith("removed from its EndpointSlice; it was terminating")
     assert kinds([added]) == [("endpoint_added", "10.0.0.2", "ready")]
+
+
+def test_changed_weights_are_an_entry() -> None:
+    annotations = ({"sliceproxy.io/weights": f"10.0.0.1={weight}"} for weight in (1, 0))
+    pieces = [endpoint_slice("web", [endpoint("10.0.0.1")], annotations=a) for a in annotations]
+    (entry,) = recorded(ObjectChange(*pieces))
+    assert (entry.kind, entry.service) == ("endpoint_changed", "default/web")
+    assert entry.reason == "weights of slice web-ipv4 changed"
+    balanced = service("web", annotations=balancing("weighted", weights="10.0.0.1=0"))
+    (entry,) = recorded(ObjectChange(service("web"), balanced))
+    assert entry.reason == "changed: balancing"
 
 
 def test_a_deleted_slice_removes_its_endpoints() -> None:
