@@ -308,7 +308,8 @@ def _balancing(installed: Installed) -> tuple[object, ...]:
     """What the verdicts of a claim depend on."""
     wanted = installed.wanted
     inside = wanted.inside is not None
-    return installed.width, inside, installed.inside_width, wanted.style, wanted.sticky
+    widths = installed.width, installed.inside_width
+    return *widths, inside, wanted.style, wanted.sticky, wanted.hashed
 
 
 def _advance_verdicts(

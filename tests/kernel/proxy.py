@@ -28,6 +28,8 @@ class Proxy:
         self.state = State(options or Options(node="node-1"))
         self.kernel: Kernel = world.run(host, lambda: Kernel(own=own, kept=KeptCounts()))
         self.seconds = 0.0
+        self.followed: Transaction | None = None
+        """What was sent after the last transaction, for clients that had been remembered."""
 
     def __enter__(self) -> Proxy:
         self.resync()
@@ -56,6 +58,7 @@ class Proxy:
         if transaction:
             self.kernel.apply(transaction)
         self.seconds = time.perf_counter() - started
+        self.followed = None
         self.forget_clients(*transaction.change.stale_affinity)
         return transaction
 
@@ -68,7 +71,8 @@ class Proxy:
                 stale = [c for c in clients if not self.state.is_current(*c)]
                 self.kernel.destroy(affinity, stale)
         if self.state.clients_judged():
-            self.kernel.apply(self.state.step())
+            self.followed = self.state.step()
+            self.kernel.apply(self.followed)
 
     def affinity_set(self, family: int) -> bool:
         return any(s.dynamic for t in self.state.tables() if t.family == family for s in t.sets)

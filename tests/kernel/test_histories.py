@@ -249,16 +249,21 @@ def operations(side: dict[Set, list[Any]]) -> list[tuple[int, str, bytes, Any]]:
     return [(s.family, s.name, key, value) for s, items in side.items() for key, value in items]
 
 
-def check_nothing_in_vain(transaction: Transaction, before: Elements, after: Elements) -> None:
+def check_nothing_in_vain(
+    sent: tuple[Transaction | None, ...], before: Elements, after: Elements
+) -> None:
     """Exactly the elements that differ were removed and added, each once."""
-    change, least = transaction.change, difference(before, after)
+    least = difference(before, after)
+    changes = [transaction.change for transaction in sent if transaction]
+    removed = [o for change in changes for o in operations(change.removed)]
+    added = [o for change in changes for o in operations(change.added)]
     for done, needed in (
-        (operations(change.removed), operations(least.removed)),
-        (operations(change.added), operations(least.added)),
+        (removed, operations(least.removed)),
+        (added, operations(least.added)),
     ):
         assert len(done) == len(set(done)), "an element was written twice"
         assert set(done) == set(needed)
-    assert not set(operations(change.removed)) & set(operations(change.added))
+    assert not set(removed) & set(added)
 
 
 VERDICTS = ("service-ips", "service-nodeports", "inside-ips", "inside-nodeports")
@@ -708,7 +713,7 @@ class Histories(RuleBasedStateMachine):
         elements, (picture, layout) = self.before
         self._check()
         after, seen = self.before
-        check_nothing_in_vain(transaction, elements, after)
+        check_nothing_in_vain((transaction, self.proxy.followed), elements, after)
         check_verdicts(transaction, (picture, layout), seen)
         check_stability(layout, seen[1])
         self.right = True
