@@ -175,8 +175,8 @@ def test_a_bad_annotation_is_a_problem_of_its_object_alone():
     (problem,) = state.problems.open()
     assert (problem.code, problem.subject.kind) == ("unusable_value", "EndpointSlice")
     assert (problem.subject.name, problem.subject.service) == (str(bad.name), "default/web")
-    (installed, *_) = state.installed.values()
-    assert set(installed.slots) == {target_of(packed("10.0.0.1"), 8080)}
+    slots = {target for installed in state.installed.values() for target in installed.slots}
+    assert slots == {target_of(packed("10.0.0.1"), 8080)}
     state.apply([Upsert(slice_with("a=2", manifest.endpoint("10.0.0.1", pod="a")))])
     state.step()
     assert state.problems.empty
