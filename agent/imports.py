@@ -1,7 +1,8 @@
 """Imports the agent without the parts of libraries that it does not use.
 
 Importing `kubernetes` imports pydantic, requests and a websocket client; `structlog` imports rich
-and asyncio. docs/design/0007-imports.md has the milliseconds and megabytes.
+and asyncio; `pyroute2` imports all that it has. docs/design/0007-imports.md has the milliseconds
+and megabytes.
 
 `lightly` is called once, by the command line, before anything else of the agent is imported. It
 registers a `_Skipped` module for each name in SKIPPED: one with a spec and a path, so that it and
@@ -20,6 +21,7 @@ from typing import Any
 
 SKIPPED: dict[str, tuple[str, ...]] = {
     # packages of which the agent uses some modules
+    "pyroute2": (),
     "prometheus_client": (),
     "kubernetes": (),
     "kubernetes.utils": (),

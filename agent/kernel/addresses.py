@@ -1,4 +1,4 @@
-"""The addresses of this machine, followed over rtnetlink.
+"""The addresses of this machine, followed over rtnetlink. pyroute2 has the messages' formats.
 
 Node ports answer at them, and source ranges that let the node in need them. Whatever changes, all
 of them are read again: there are few, and a list cannot drift.
@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import struct
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
+
+from pyroute2.netlink.rtnl import (
+    RTM_GETADDR,
+    RTM_GETROUTE,
+    RTNLGRP_IPV4_IFADDR,
+    RTNLGRP_IPV4_ROUTE,
+    RTNLGRP_IPV6_IFADDR,
+    RTNLGRP_IPV6_ROUTE,
+    rt_type,
+)
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from agent.kernel.socket import NETLINK_ROUTE, Interrupted, NetlinkSocket
 from agent.worker import Failed, Worker
 from rules.events import Event, NodeAddresses
-from rules.netlink.attributes import Fields, attribute, fields
-from rules.netlink.messages import NLM_F_DUMP
+from rules.netlink.messages import NLM_F_DUMP, NLMSG_HEADER
 from rules.objects import Address, address_text, parse_address
 
-# include/uapi/linux/rtnetlink.h, if_addr.h
-RTM_GETADDR, RTM_GETROUTE = 22, 26
-IFA_ADDRESS, IFA_LOCAL, RTA_DST, RTA_OIF = 1, 2, 1, 4
-RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE = 5, 7, 9, 11
-RT_TABLE_LOCAL, RTN_LOCAL = 255, 2
-_IFADDRMSG = struct.Struct("=BBBBI")
-_RTMSG = struct.Struct("=BBBBBBBBI")
-"""struct rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type,
-flags."""
+_RT_TABLE_LOCAL = 255
 _FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
 _READ_TRIES = 5
 
@@ -45,12 +47,11 @@ def read(route: NetlinkSocket) -> NodeAddresses:
     select them. They are never primary. Raises OSError.
     """
     addresses, others = set(), set()
-    for message in _dump(route, RTM_GETADDR, _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
-        found = _attributes(message, _IFADDRMSG)
-        own = found.get(IFA_LOCAL) or found.get(IFA_ADDRESS, b"")
-        if address := _usable(own):
+    for message in _dump(route, RTM_GETADDR, ifaddrmsg()):
+        text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+        if address := _usable(text):
             addresses.add(address)
-        elif address := _usable(own, link_local=True):
+        elif address := _usable(text, link_local=True):
             others.add(address)
     others |= _local_routes(route)
     return NodeAddresses(frozenset(addresses | others), _primary(addresses))
@@ -67,36 +68,48 @@ def route_socket() -> NetlinkSocket:
 def _local_routes(route: NetlinkSocket) -> set[Address]:
     """Destinations of host routes of type `local`: what the kernel takes for its own (AnyIP)."""
     found = set()
-    for family, length in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
-        request = _RTMSG.pack(family, 0, 0, 0, RT_TABLE_LOCAL, 0, 0, RTN_LOCAL, 0)
-        for message in _dump(route, RTM_GETROUTE, request):
-            _, bits, _, _, table, _, _, kind, _ = _RTMSG.unpack_from(message)
-            if (bits, table, kind) == (length, RT_TABLE_LOCAL, RTN_LOCAL):
-                destination = _attributes(message, _RTMSG).get(RTA_DST, b"")
-                if address := _usable(destination, link_local=True):
-                    found.add(address)
+    for length, family in _FAMILY.items():
+        wanted = _route_message(family=family, table=_RT_TABLE_LOCAL, type=rt_type["local"])
+        for message in _dump(route, RTM_GETROUTE, wanted):
+            # older kernels send everything
+            is_local = (message["table"], message["type"]) == (wanted["table"], wanted["type"])
+            if not is_local or message["dst_len"] != 8 * length:
+                continue
+            if address := _usable(message.get_attr("RTA_DST"), link_local=True):
+                found.add(address)
     return found
 
 
-def _dump(route: NetlinkSocket, kind: int, request: bytes) -> list[bytes]:
+def _route_message(**values: Any) -> Any:
+    message = rtmsg()
+    message.update(values)
+    return message
+
+
+def _dump(route: NetlinkSocket, kind: int, wanted: Any) -> list[Any]:
     """What a dump lists. A change in its middle is notified, too, and then all is read again."""
-    found: list[bytes] = []
+    found: list[Any] = []
     for _ in range(_READ_TRIES):
         found.clear()
         with suppress(Interrupted):
-            for data, start, end in route.ask(kind, request, NLM_F_DUMP):
-                found.append(data[start:end])
+            found.extend(_asked(route, kind, wanted, NLM_F_DUMP))
             break
     return found
 
 
-def _attributes(message: bytes, header: struct.Struct) -> Fields:
-    return fields(message[header.size :])
+def _asked(route: NetlinkSocket, kind: int, wanted: Any, flags: int = 0) -> Iterator[Any]:
+    """The answers to a request, of the request's class."""
+    wanted.encode()
+    header = NLMSG_HEADER.size
+    for data, start, end in route.ask(kind, bytes(wanted.data[header:]), flags):
+        message = type(wanted)(data[start - header : end])
+        message.decode()
+        yield message
 
 
-def _usable(packed: bytes, *, link_local: bool = False) -> Address | None:
+def _usable(text: str, *, link_local: bool = False) -> Address | None:
     try:
-        return parse_address(address_text(packed), link_local=link_local)
+        return parse_address(text, link_local=link_local)
     except ValueError:
         return None
 
@@ -128,12 +141,15 @@ def _source_towards(family: int, destination: str) -> Address:
 def interface_towards(address: Address) -> str:
     """The interface of the route to an address, by which its packets come in unless routing is
     asymmetric; "" if there is no route."""
-    request = _RTMSG.pack(_FAMILY[len(address)], 8 * len(address), 0, 0, 0, 0, 0, 0, 0)
+    wanted = _route_message(
+        family=_FAMILY[len(address)],
+        dst_len=8 * len(address),
+        attrs=[("RTA_DST", address_text(address))],
+    )
     try:
         with NetlinkSocket(NETLINK_ROUTE) as route:
-            for data, start, end in route.ask(RTM_GETROUTE, request + attribute(RTA_DST, address)):
-                index = _attributes(data[start:end], _RTMSG).get(RTA_OIF, b"")
-                return socket.if_indextoname(int.from_bytes(index, sys.byteorder))
+            for message in _asked(route, RTM_GETROUTE, wanted):
+                return socket.if_indextoname(message.get_attr("RTA_OIF"))
     except OSError:
         pass
     return ""

@@ -151,8 +151,9 @@ UNUSED = {
     # of the Kubernetes client
     *("pydantic", "requests", "charset_normalizer", "websocket", "multiprocessing.pool"),
     *("oauthlib.oauth2.rfc6749", "kubernetes.dynamic", "kubernetes.client.models"),
-    # of the demo and of tests
-    *("pyroute2", "unittest", "argparse"),
+    # of pyroute2, whose requests the demo and the tests use
+    *("pyroute2.iproute", "pyroute2.ndb", "pyroute2.ethtool", "pyroute2.netlink.core"),
+    *("unittest", "argparse"),
     # of asyncio, for structlog, and of shutil, for tempfile
     *("asyncio.base_events", "concurrent.futures", "lzma", "bz2"),
     # of structlog
