@@ -98,10 +98,11 @@ def _measure(arguments: argparse.Namespace) -> int:
     from bench import api, connections, conntrack, first_packet, profiling
     from bench.measure import MEASURES, Repeats, measure
     from bench.objects import Size
-    from bench.process import MeasureError
+    from bench.process import MeasureError, apply_nice
     from bench.results import Results, say
 
     started = time.monotonic()
+    apply_nice()
     # the image has bytecode; here a start would make its own if PYTHONDONTWRITEBYTECODE is set
     for part in ("agent", "rules"):
         compileall.compile_dir(ROOT / part, quiet=1)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ _BUFFER = 1 << 30
 
 class MeasureError(RuntimeError):
     """What was to be measured did not come about."""
+
+
+def apply_nice() -> None:
+    """Has `nice` count against other sessions' processes, too. With sched_autogroup the scheduler
+    compares sessions first, and a process's nice value only within its session."""
+    if os.nice(0):
+        with suppress(OSError):  # the leader of a process group stays in its session
+            os.setsid()
+        with suppress(OSError):  # a kernel without autogroups
+            Path("/proc/self/autogroup").write_text(str(os.nice(0)), encoding="ascii")
 
 
 def cpu_seconds(pid: int) -> float:
