@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from rules.state import State
 
 POLL_SECONDS = 2.0
 PAUSE_SECONDS = 0.02
+ROWS = 50
+"""So many Services does the page have on the screen."""
 _CHANGED = 21  # first octet of the addresses of changes
 
 
@@ -58,9 +60,10 @@ def measure(sizes: list[Size], results: Results, *, quick: bool) -> None:
                             times.append(taken)
                         metrics[name] = metric(times, "ms")
                         metrics[f"{name} size"] = metric([length], "bytes")
-                    metrics["services again"] = metric(
-                        [_ask(path, "/v1/services")[0] for _ in range(repeats)], "ms"
-                    )
+                    for name, (target, headers) in _repeated(path, size).items():
+                        asked = [_ask(path, target, headers) for _ in range(repeats)]
+                        metrics[name] = metric([taken for taken, _ in asked], "ms")
+                        metrics[f"{name} size"] = metric([asked[-1][1]], "bytes")
                     count = 50 if quick else 600
                     alone = [changes.make(listener) for _ in range(count)]
                     with _polled(path, [*_answers(size).values()]):
@@ -143,16 +146,32 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _ask(path: str, target: str) -> tuple[float, int]:
-    """Milliseconds until an answer is complete, and its bytes."""
+def _repeated(path: str, size: Size) -> dict[str, tuple[str, dict[str, str]]]:
+    """What the page asks while nothing changes: path and headers."""
+    connection = _Connection(path)
+    connection.request("GET", "/v1/services")
+    tag = connection.getresponse().headers["ETag"]
+    connection.close()
+    rows = ",".join(f"default/service-{index}" for index in range(min(ROWS, size.services)))
+    return {
+        "services again": ("/v1/services", {}),
+        "services compressed": ("/v1/services", {"Accept-Encoding": "gzip"}),
+        "services unchanged": ("/v1/services", {"If-None-Match": tag}),
+        "rows with counters": (f"/v1/services?counters=true&services={rows}", {}),
+        "all with counters": ("/v1/services?counters=true", {}),
+    }
+
+
+def _ask(path: str, target: str, headers: Mapping[str, str] | None = None) -> tuple[float, int]:
+    """Milliseconds until an answer is complete, and the bytes of its body."""
     connection = _Connection(path)
     started = time.perf_counter()
-    connection.request("GET", target)
+    connection.request("GET", target, headers=headers or {})
     answer = connection.getresponse()
     body = answer.read()
     taken = (time.perf_counter() - started) * 1e3
     connection.close()
-    if answer.status != http.HTTPStatus.OK:
+    if answer.status not in (http.HTTPStatus.OK, http.HTTPStatus.NOT_MODIFIED):
         raise RuntimeError(f"{target}: {answer.status} {body[:200]!r}")
     return taken, len(body)
 

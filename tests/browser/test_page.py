@@ -20,7 +20,7 @@ from rules.objects import Name, Service
 from rules.target import target_of
 from tests.browser.chromium import Page
 from tests.browser.conftest import Backend, Watch
-from tests.manifest import endpoint, endpoint_slice, service
+from tests.manifest import balancing, endpoint, endpoint_slice, service
 
 Keys = pytest.importorskip("selenium.webdriver", reason="needs selenium, the extra `browser`").Keys
 
@@ -215,6 +215,19 @@ def test_a_services_endpoints_have_reasons_and_a_history(backend: Backend, page:
     page.shows("endpoint changed", "ready before, not ready now")
     page.open("#/history")
     page.shows("default/web", "ready before, not ready now")
+
+
+def test_an_algorithm_and_its_weights_are_shown(backend: Backend, page: Page) -> None:
+    put_web(backend)
+    page.open("#/services/default/web")
+    page.shows("10.244.1.12:8080")
+    assert "Weight" not in page.text
+    backend.put(Upsert(web(annotations=balancing("weighted", weights="web-1=3,web-2=0"))))
+    page.shows("endpoints by weight", "Weight", "drained: its weight is 0")
+    weight = "return [...document.querySelectorAll('table[aria-label=Endpoints] td:last-child')]"
+    assert sorted(page.run(f"{weight}.map(cell => cell.innerText)")) == ["0", "3"]
+    backend.put(Upsert(web(annotations=balancing("source-hash"))))
+    page.shows("endpoint by the client's address")
 
 
 def test_the_box_explains_an_address(backend: Backend, page: Page) -> None:
