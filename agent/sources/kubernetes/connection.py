@@ -272,9 +272,9 @@ def reason_of(error: BaseException) -> str:
                 return "connection closed"
             case ssl.SSLError():
                 return inner.reason or str(inner)
+            case urllib3.exceptions.ReadTimeoutError():
+                return "no answer in time"
             case OSError() if inner.strerror:
                 return inner.strerror
-            case urllib3.exceptions.ReadTimeoutError() | TimeoutError():
-                return "no answer in time"
         inner = inner.__cause__ or inner.__context__
     return str(error) or type(error).__name__

@@ -10,20 +10,17 @@ away.
 
 from __future__ import annotations
 
-import io
 import random
-import select
-import ssl
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import urllib3
 from structlog.typing import FilteringBoundLogger
 
-from agent.sources.kubernetes.chunks import Dechunker
 from agent.sources.kubernetes.connection import ConnectError, Connection, reason_of
 from agent.sources.kubernetes.pace import Pace
 from agent.sources.kubernetes.reflector import (
@@ -40,7 +37,7 @@ from rules.events import ApiServers, Event, Synced
 MAX_BATCH = 10_000
 STOP_SECONDS = 0.5
 
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 18
 
 State = Literal["listing", "watching", "backing off", "stopped"]
 
@@ -422,7 +419,7 @@ class _ResourceFollower(Worker):
                         self.pause(rest)
                 if reflector.over or self.stopping:
                     break
-        except (urllib3.exceptions.ReadTimeoutError, TimeoutError):
+        except urllib3.exceptions.ReadTimeoutError:
             if spoke:
                 self._log.info("connection_silent", seconds=request.silence)
             raise
@@ -451,41 +448,31 @@ class _ResourceFollower(Worker):
 
 
 def _pieces(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    """The body as it arrives: after each read what has been received by then, perhaps nothing."""
-    stream = getattr(getattr(response, "_fp", None), "fp", None)
-    chunked = isinstance(response, urllib3.HTTPResponse) and response.chunked
-    if not chunked:
-        while data := response.read1(_READ_BYTES):
-            yield data
-    elif stream is None or response.headers.get("Content-Encoding"):
+    """The body as it comes. A chunk at a time costs half of what `read1` takes for one."""
+    if isinstance(response, urllib3.HTTPResponse) and response.chunked:
         # a list of more than 128 KB is gzip inside chunks
         yield from response.read_chunked(_READ_BYTES, decode_content=True)
     else:
-        yield from _dechunked(response, stream)
-
-
-def _dechunked(response: urllib3.BaseHTTPResponse, stream: io.BufferedIOBase) -> Iterator[bytes]:
-    dechunker = Dechunker()
-    while not dechunker.over:
-        data = stream.read1(_READ_BYTES)
-        if not data:
-            raise urllib3.exceptions.ProtocolError("connection closed")
-        try:
-            payload = dechunker.feed(data)
-        except ValueError as error:
-            raise urllib3.exceptions.ProtocolError(str(error)) from None
-        yield payload
-    # the end of an answer, as urllib3 notes it; the connection serves the next request
-    cast(Any, response)._fp.close()
+        while data := response.read1(_READ_BYTES):
+            yield data
 
 
 def _has_more(response: urllib3.BaseHTTPResponse) -> bool:
-    """Whether more of an answer is here already, so that reading on does not wait."""
-    sock = getattr(getattr(response, "connection", None), "sock", None)
-    if sock is None:
+    """Whether more of a chunked answer is here already, so that reading on does not wait.
+
+    The server sends each event as a chunk of its own, and they are read one at a time.
+    """
+    stream = getattr(getattr(response, "_fp", None), "fp", None)
+    connection = getattr(response, "connection", None)
+    sock: socket.socket | None = getattr(connection, "sock", None)
+    if stream is None or sock is None:
         return False
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():
-        return True
-    readable = select.poll()
-    readable.register(sock, select.POLLIN)
-    return bool(readable.poll(0))
+    timeout = sock.gettimeout()
+    sock.settimeout(0)
+    try:
+        # shorter than a chunk's head and any event: perhaps not even the head is whole
+        return len(stream.peek(1)) > 20
+    except (OSError, ValueError):
+        return False
+    finally:
+        sock.settimeout(timeout)
