@@ -30,7 +30,7 @@ def command(socket_path: str, output: str) -> None:
 def show(status: Status, console: Console) -> None:
     """Prints the status for people."""
     zone = f" in zone {status.zone}" if status.zone else ""
-    owned = "owned by the agent" if status.owns_tables else "not owned: the kernel is before 6.9"
+    owned = "owned by the agent" if status.owns_tables else "not owned: Linux before 6.9, or noOwn"
     state = "[green]up to date[/green]" if status.programmed else "[red]not programmed[/red]"
     rows = [
         ("node", escape(status.node + zone)),

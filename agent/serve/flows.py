@@ -114,7 +114,7 @@ class _Kept:
 
 
 class _Listener(Worker):
-    """Reads the kernel's events until no one asks any more."""
+    """Reads the kernel's events until questions have ended."""
 
     def __init__(self, watch: FlowWatch, kept: _Kept, failed: Failed, seconds: float) -> None:
         super().__init__("flows", failed)
@@ -127,7 +127,7 @@ class _Listener(Worker):
         self.error: ConntrackError | None = None
 
     def asked_again(self) -> bool:
-        """Goes on for some time; false if it has ended already."""
+        """Extends its time; false if it has ended already."""
         with self._lock:
             self._until = time.monotonic() + self._seconds
             return self.listening

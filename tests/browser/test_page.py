@@ -493,7 +493,7 @@ def test_nothing_in_the_file_names_another_host() -> None:
 
 
 def test_without_the_agent_the_last_answer_stays_with_a_word(backend: Backend, page: Page) -> None:
-    """And when it answers again, the word goes."""
+    """And when it answers again, the warning is removed."""
     put_web(backend)
     page.open()
     page.shows("default/web", "live")
@@ -527,7 +527,7 @@ def test_an_agent_that_is_not_programmed_is_the_headline(backend: Backend, page:
 def test_an_api_server_that_is_away_is_the_headline_and_an_old_one_is_not(
     backend: Backend, page: Page
 ) -> None:
-    """A resource that an older API server does not have is named, but alarms no one."""
+    """A resource that an older API server does not have is named, and is no alarm."""
     backend.watches.append(Watch("servicecidrs", 0))
     cidrs, services = backend.watches[-1], backend.watches[0]
     cidrs.state, cidrs.last_valid = "backing off", None

@@ -470,9 +470,10 @@ def test_every_value_renders_to_something_valid(
 
 @needs_kustomize
 def test_the_charts_options_are_kustomizes(chart: Callable[..., Resources], tmp_path: Path) -> None:
-    """opt-in, podmonitor and events are the same change in both."""
-    ours = chart(placement="opt-in", podMonitor={"enabled": True}, events={"enabled": True})
-    theirs = with_component(tmp_path, "opt-in", "podmonitor", "events")
+    """opt-in, podmonitor, alerts and events are the same change in both."""
+    on = {"enabled": True}
+    ours = chart(placement="opt-in", podMonitor=on, alerts=on, events=on)
+    theirs = with_component(tmp_path, "opt-in", "podmonitor", "alerts", "events")
     text = re.sub(r"sliceproxy-[a-z0-9]{10}", "sliceproxy", json.dumps(list(theirs.values())))
     assert without_checksum(ours) == by_name(json.loads(text))
 
