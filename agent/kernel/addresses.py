@@ -6,6 +6,7 @@ of them are read again: there are few, and a list cannot drift.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 import threading
@@ -70,7 +71,13 @@ def _local_routes(route: NetlinkSocket) -> set[Address]:
     found = set()
     for length, family in _FAMILY.items():
         wanted = _route_message(family=family, table=_RT_TABLE_LOCAL, type=rt_type["local"])
-        for message in _dump(route, RTM_GETROUTE, wanted):
+        try:
+            messages = _dump(route, RTM_GETROUTE, wanted)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the table appears with the first address
+                raise
+            continue
+        for message in messages:
             # older kernels send everything
             is_local = (message["table"], message["type"]) == (wanted["table"], wanted["type"])
             if not is_local or message["dst_len"] != 8 * length:

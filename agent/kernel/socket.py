@@ -172,7 +172,7 @@ class NetlinkSocket(Closing):
                     interrupted = interrupted or bool(answer_flags & NLM_F_DUMP_INTR)
                     if answer in (NLMSG_ERROR, NLMSG_DONE):
                         self._unread = False
-                        check(data[start:end], answer_flags)
+                        check(answer, data[start:end], answer_flags)
                         if interrupted:
                             raise Interrupted
                         return
@@ -200,7 +200,7 @@ class NetlinkSocket(Closing):
                 index = (sequence - first) % SEQUENCES
                 if kind != NLMSG_ERROR or index >= count:
                     continue
-                code, detail = _error_of(answer[start:end], flags)
+                code, detail = _error_of(kind, answer[start:end], flags)
                 if code:
                     failures.append(Failure(index, code, detail))
                 elif index == count - 1 and not failures:
@@ -252,16 +252,16 @@ def bad_message(error: Malformed) -> OSError:
     return OSError(errno.EBADMSG, f"bad netlink message ({error})")
 
 
-def check(content: bytes, flags: int) -> None:
+def check(kind: int, content: bytes, flags: int) -> None:
     """Raises the OSError that an NLMSG_ERROR or NLMSG_DONE message reports, if it does."""
-    code, detail = _error_of(content, flags)
+    code, detail = _error_of(kind, content, flags)
     if code:
         raise OSError(code, detail or os.strerror(code))
 
 
-def _error_of(content: bytes, flags: int) -> tuple[int, str]:
+def _error_of(kind: int, content: bytes, flags: int) -> tuple[int, str]:
     try:
-        return error_of(content, flags)
+        return error_of(kind, content, flags)
     except Malformed as error:
         raise bad_message(error) from None
 

@@ -52,15 +52,17 @@ def message_header(kind: int, flags: int, sequence: int, length: int) -> bytes:
     return NLMSG_HEADER.pack(16 + length, kind, flags, sequence, 0)
 
 
-def error_of(content: bytes, flags: int) -> tuple[int, str]:
+def error_of(kind: int, content: bytes, flags: int) -> tuple[int, str]:
     """What an NLMSG_ERROR or NLMSG_DONE message reports: the errno, 0 for success, and the
     kernel's explanation, if it has one. Raises Malformed.
 
-    The header that the kernel sends back is skipped without its content (NETLINK_CAP_ACK).
+    In an NLMSG_ERROR message the header of the request is between them; it is skipped without its
+    content (NETLINK_CAP_ACK).
     """
     if len(content) < 4:
         return 0, ""
     code = -int(struct.unpack_from("=i", content)[0])
-    if not flags & NLM_F_ACK_TLVS or len(content) < 20:
+    attributes = 4 if kind == NLMSG_DONE else 4 + NLMSG_HEADER.size
+    if not flags & NLM_F_ACK_TLVS or len(content) < attributes:
         return code, ""
-    return code, text(fields(content[20:]).get(NLMSGERR_ATTR_MSG, b""))
+    return code, text(fields(content[attributes:]).get(NLMSGERR_ATTR_MSG, b""))

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import pytest
 
 from agent.kernel import tables
+from agent.kernel.addresses import read, route_socket
 from agent.kernel.errors import KernelError, Stale
 from agent.kernel.tables import Kernel
 from agent.kernel.watcher import Watcher
 from lab.world import World
+from rules.events import NodeAddresses
 from rules.netlink.attributes import string
 from rules.netlink.batch import Batch, content, nft_type
 from rules.netlink.messages import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, message
@@ -28,6 +30,7 @@ from rules.netlink.nftables import (
     NFTA_TABLE_NAME,
 )
 from rules.tables import FAMILIES, SETS, TABLE
+from tests.kernel.namespaces import in_empty_namespace
 from tests.kernel.proxy import Proxy
 from tests.manifest import endpoint, endpoint_slice, service
 
@@ -290,3 +293,13 @@ def test_a_kernel_without_ipv6_gets_the_ipv4_table_alone(
 def test_a_kernel_with_ipv6_has_both(world: World) -> None:
     with connect(world) as kernel:
         assert kernel.families == FAMILIES
+
+
+def test_a_namespace_that_never_had_an_address_has_none() -> None:
+    """Its table `local` does not exist, which ends a dump with an error and its explanation."""
+
+    def look() -> NodeAddresses:
+        with route_socket() as route:
+            return read(route)
+
+    assert in_empty_namespace(look) == NodeAddresses(frozenset(), ())

@@ -32,7 +32,14 @@ from rules.netlink.elements import (
     encode_slots,
     join_ranges,
 )
-from rules.netlink.messages import NLMSG_HEADER, error_of, message, messages
+from rules.netlink.messages import (
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    NLMSG_HEADER,
+    error_of,
+    message,
+    messages,
+)
 from rules.netlink.nftables import NFTA_LIST_ELEM
 from rules.stale_flows import Flow
 from rules.tables import SETS
@@ -102,15 +109,25 @@ _seed_messages = message(0x0A0C, 0, 7, b"\x02\0\0\0" + attribute(1, b"sliceproxy
 )
 
 
+@pytest.mark.parametrize(("kind", "between"), [(NLMSG_ERROR, 16), (NLMSG_DONE, 0)])
+def test_the_kernels_explanation_is_read_from_both_kinds_of_message(
+    kind: int, between: int
+) -> None:
+    """Behind the header of the request, or where a dump ends without one."""
+    explained = attribute(1, b"ipv4: FIB table does not exist\0")
+    content = struct.pack("=i", -2) + bytes(between) + explained
+    assert error_of(kind, content, 0x200) == (2, "ipv4: FIB table does not exist")
+
+
 @fuzzed(100)
 @given(st.binary(max_size=100) | _mutated(_seed_messages))
 def test_messages(data: bytes) -> None:
     def read() -> None:
         count = 0
-        for _kind, flags, _sequence, start, end in messages(data):
+        for kind, flags, _sequence, start, end in messages(data):
             count += 1
             assert start + count <= len(data) + count
-            survives(lambda s=start, e=end, f=flags: error_of(data[s:e], f))  # type: ignore[misc]
+            survives(lambda k=kind, s=start, e=end, f=flags: error_of(k, data[s:e], f))  # type: ignore[misc]
         assert count * NLMSG_HEADER.size <= len(data)
 
     survives(read)
