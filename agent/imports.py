@@ -12,6 +12,7 @@ its submodules can be imported, whose own code does not run. All other imports a
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 import threading
 from importlib import import_module
@@ -39,8 +40,8 @@ SKIPPED: dict[str, tuple[str, ...]] = {
     "rich.traceback": ("Traceback",),
     # protobuf without its C library
     "google.protobuf.internal.python_message": (),
-    # tempfile removes directories with it, and it imports all compressions
-    "shutil": (),
+    # tempfile removes directories with it (3.13 names the function); it imports all compressions
+    "shutil": ("rmtree",),
     # urllib3 looks up the version of its HTTP/2 library when one is wanted
     "importlib.metadata": ("version",),
 }
@@ -57,6 +58,8 @@ def lightly(name: str) -> ModuleType:
     of a library, the module is imported in the ordinary way.
     """
     before = set(sys.modules)
+    # From Python 3.12 on each log record asks asyncio for its task if asyncio is in sys.modules.
+    vars(logging)["logAsyncioTasks"] = False
     try:
         for skipped, called in SKIPPED.items():
             _skip(skipped, called)
