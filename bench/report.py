@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 _START = (
-    "a third of the CPU is imports at 5,000 x 10; of the rest, decoding and computing have equal "
+    "a quarter of the CPU is imports at 5,000 x 10; of the rest, decoding and computing have equal "
     "parts, 15 to 35 us for each Service with its slice, whatever it holds"
 )
 _RESTART = "idea: rules of chains are compared as bytes"
