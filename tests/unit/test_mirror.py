@@ -66,6 +66,20 @@ def test_parts_are_bounded_and_together_everything():
     assert content(reading.state) == content(state.snapshot())
 
 
+def test_what_is_copied_for_each_reading_does_not_grow_with_the_services():
+    """All that a change copies besides its own Service and claims."""
+    state = loaded(2000)
+    state.endpoint_edges.clear()  # as the loop does after each transaction
+    rest = state.without_services()
+    sizes = {
+        name: len(value)
+        for name, value in vars(rest).items()
+        if isinstance(value, (dict, set, list, frozenset))
+    }
+    assert max(sizes.values()) < 100, sizes
+    assert [len(side) for side in rest.claims.all()] == [0, 0]
+
+
 def test_after_a_change_only_that_is_read():
     state, feed, reading = loaded(50), Feed(), Mirror()
     read_all(state, feed, reading)
