@@ -15,7 +15,6 @@ import structlog
 from agent.kernel.affinity import AffinityWatch
 from agent.loop import reader
 from lab.world import World
-from rules.diff import between
 from rules.events import Upsert
 from rules.frontends import destination_key
 from rules.netlink.batch import Batch
@@ -343,7 +342,7 @@ def test_a_pod_remembered_as_its_own_client_is_answered_until_it_is_forgotten(
         p.state = heir
     p.kernel.apply(p.state.resync(reader(p.kernel)) if restart else p.state.step())
     assert net.server("pod-1", where) == "pod-1"
-    assert not between(p.in_kernel(), p.state.elements())
+    p.check()
     p.forget_clients(net.family)
     assert net.server("pod-1", where) == "pod-2"
     assert set(p.kernel.elements(hairpins)) == {net.packed(net.address("pod-2")) * 2}
