@@ -87,6 +87,8 @@ def replayed(pieces: int) -> State:
         for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
             state.apply(reflector.received(data[start:end]))
             state.step()
+            if state.clients_judged():  # as the loop says once it has read the affinity maps
+                state.step()
         assert not reflector.invalid
     return state
 
