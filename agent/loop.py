@@ -454,7 +454,7 @@ class Loop:
         if not families:
             return
         for table in self.state.tables():
-            if table.family in families and any(s.dynamic for s in table.sets):
+            if table.family in families and SETS[table.family].affinity in table.sets:
                 self._reading += 1
                 self._clients.read(table.family)
         if not self._reading:

@@ -422,6 +422,7 @@ def _api_server(
         started=time.time(),
         counts=counters.read if counters else None,
         counts_of=counters.read_of if counters else None,
+        counts_by_endpoint=counters.read_by_endpoint if counters else None,
         flows=RecentFlows(failed),
         interface=interface_towards,
     )

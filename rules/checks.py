@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from rules.language import ADDRESS_LENGTH
 from rules.objects import (
     DEFAULT_AFFINITY_SECONDS,
+    ENDPOINT_COUNTERS_ANNOTATION,
     HEADLESS_LABEL,
     LEAVING_TAINT,
     MAX_AFFINITY_SECONDS,
@@ -150,6 +151,9 @@ def service(shape: Any, metadata: Metadata) -> Service:
     annotations = metadata.annotations
     asks = ALGORITHM_ANNOTATION in annotations
     chosen = balancing(annotations, problems) if asks else RANDOM_CHOICE
+    counters = ENDPOINT_COUNTERS_ANNOTATION in annotations and _switch(
+        ENDPOINT_COUNTERS_ANNOTATION, annotations, problems
+    )
     return Service(
         name=name,
         created=metadata.created,
@@ -173,7 +177,16 @@ def service(shape: Any, metadata: Metadata) -> Service:
         health_check_node_port=_health_check_node_port(spec, problems),
         problems=tuple(problems),
         balancing=chosen,
+        endpoint_counters=counters,
     )
+
+
+def _switch(name: str, annotations: Mapping[str, str], problems: UnusableValues) -> bool:
+    """An annotation that is "true" or "false"; anything else is a problem, and false."""
+    text = annotations[name]
+    if text not in ("true", "false"):
+        problems.append(f"{name}: {text[:64]!r} is neither true nor false; taken as false")
+    return text == "true"
 
 
 def _service_ports(shapes: Sequence[Any], problems: UnusableValues) -> tuple[ServicePort, ...]:

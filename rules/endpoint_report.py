@@ -57,6 +57,7 @@ class Row(msgspec.Struct, frozen=True):
     `counts` is false where another slice holds the same address in the better condition. `weight`
     is None where weights have no effect (`EndpointTable.algorithm` is "random").
     `cluster` and `local` are the traffic policies; None where the Service does not use one.
+    `connections` counts new ones (`rules.endpoint_counts`); None where they are not counted.
     """
 
     address: str
@@ -74,6 +75,7 @@ class Row(msgspec.Struct, frozen=True):
     cluster: Use | None
     local: Use | None
     weight: int | None = None
+    connections: int | None = None
 
 
 class PortTable(msgspec.Struct, frozen=True):

@@ -277,7 +277,8 @@ class Translate(msgspec.Struct, frozen=True):
 class Remember(msgspec.Struct, frozen=True):
     """Puts key and data into a dynamic map, or renews them, for `seconds`; a set has no data.
 
-    Ends the rule where the map is full and does not have the key yet.
+    Counts the packet where the elements have counters. Ends the rule where the map is full and does
+    not have the key yet.
     """
 
     map: Set

@@ -106,6 +106,7 @@ class LocalNode:
             identified,
             self.options.allow_external_ips,
             self.api_servers,
+            self.options.counters,
         )
 
     def primary(self) -> tuple[Address, ...]:

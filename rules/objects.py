@@ -37,6 +37,7 @@ PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
 ZONE_LABEL = "topology.kubernetes.io/zone"
 LEAVING_TAINT = "ToBeDeletedByClusterAutoscaler"
+ENDPOINT_COUNTERS_ANNOTATION = "sliceproxy.io/endpoint-counters"
 TRIGGER_TIME_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 
 MAX_ENDPOINTS_PER_SLICE = 1000  # the API server's own limit (validation of discovery/v1)
@@ -110,7 +111,7 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     `proxied` is false for Services that have no address of their own (headless, ExternalName, not
     allocated yet). `created` is the API's RFC 3339 string, whose order is that of time.
     `affinity_seconds` is 0 without session affinity. `proxy_name` is that label's value, None
-    without the label.
+    without the label. `endpoint_counters`: its connections are counted by endpoint.
     """
 
     name: Name
@@ -129,6 +130,7 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     health_check_node_port: int
     problems: tuple[str, ...] = ()
     balancing: Balancing = RANDOM_CHOICE
+    endpoint_counters: bool = False
 
     @property
     def age(self) -> tuple[str, Name]:

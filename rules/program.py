@@ -74,7 +74,7 @@ class Surroundings(NamedTuple):
 
     `tells_pods` holds the families in which the rules identify pods of this node. `external_ips`
     says whether external IPs are served at all. `api_servers` are the addresses and TCP ports of
-    the API server.
+    the API server. `counters` says whether packets are counted.
     """
 
     place: NodeLocation
@@ -83,6 +83,7 @@ class Surroundings(NamedTuple):
     tells_pods: frozenset[int] = frozenset()
     external_ips: bool = True
     api_servers: frozenset[tuple[Address, int]] = frozenset()
+    counters: bool = False
 
 
 class Claim(NamedTuple):
@@ -124,7 +125,8 @@ class Program(msgspec.Struct, frozen=True, gc=False):
 
     It needs rules that exist only while a Service does: `affinity` holds (family, seconds) of its
     session affinity, `guarded` the families in which loadBalancerSourceRanges guard an address,
-    `hashed` those of a Service that asks for source-hash.
+    `hashed` those of a Service that asks for source-hash, `by_endpoint` those of one whose
+    connections are counted by endpoint.
     """
 
     wanted: dict[Claim, Wanted]
@@ -134,6 +136,7 @@ class Program(msgspec.Struct, frozen=True, gc=False):
     created: str = ""
     problems: tuple[tuple[str, str], ...] = ()
     hashed: frozenset[int] = _NONE
+    by_endpoint: frozenset[int] = _NONE
 
 
 NOTHING = Program({}, ())
@@ -234,6 +237,7 @@ def program(service: Service, slices: Iterable[EndpointSlice], around: Surroundi
         service.created,
         problems,
         _NONE if random else _hashed(service, wanted),
+        _families(wanted) if service.endpoint_counters and around.counters else _NONE,
     )
 
 
@@ -284,6 +288,10 @@ def _hashed(service: Service, wanted: Iterable[Claim]) -> frozenset[int]:
     """The families that need the chains of source-hash."""
     if service.balancing.algorithm is not Algorithm.SOURCE_HASH:
         return _NONE
+    return _families(wanted)
+
+
+def _families(wanted: Iterable[Claim]) -> frozenset[int]:
     return frozenset(claim.verdicts.family for claim in wanted)
 
 
@@ -359,6 +367,8 @@ def _wanted(service: Service, frontend: Frontend, lists: PortLists, around: Surr
     elements = [*_answer(frontend, lists), *_guard(service, frontend, around)]
     if service.affinity_seconds:
         elements.append(_remembered(service, frontend))
+    if service.endpoint_counters and around.counters:
+        elements.append(_counted_by_endpoint(frontend))
     selection = lists.local if frontend.local else lists.cluster
     endpoints, inside = selection.targets, None
     if frontend.external and frontend.local:
@@ -432,6 +442,12 @@ def _remembered(service: Service, frontend: Frontend) -> SetElement:
     sets = SETS[frontend.family]
     owner = sets.sticky_ips if frontend.address else sets.sticky_nodeports
     return owner, frontend.key, remember(service.affinity_seconds)
+
+
+def _counted_by_endpoint(frontend: Frontend) -> SetElement:
+    sets = SETS[frontend.family]
+    owner = sets.counted_frontends if frontend.address else sets.counted_nodeports
+    return owner, frontend.key, None
 
 
 def no_local_endpoints(program: Program) -> frozenset[tuple[int, str, str, int]]:

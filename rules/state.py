@@ -8,8 +8,8 @@ Three things are shared between Services:
 
 - *claims*: a key that several Services claim belongs to one of them (`rules.claims`);
 - *counts* of elements that several Services have alike (cluster IPs, hairpins);
-- the *layouts*: which session affinity timeouts are in use, and whether source ranges and
-  source-hash are, decides which rules exist.
+- the *layouts*: which session affinity timeouts are in use, and whether source ranges,
+  source-hash and counters by endpoint are, decides which rules exist.
 
 `step` relies on the kernel having what the last transactions wrote. `resync` does not: it takes
 what was read back, keeps the slots found there, and returns the difference.
@@ -127,6 +127,7 @@ class State:
         self._affinity: Counter[tuple[int, int]] = Counter()
         self._guarded: Counter[int] = Counter()
         self._hashed: Counter[int] = Counter()
+        self._by_endpoint: Counter[int] = Counter()
         self._node_elements: frozenset[SetElement] = frozenset()
         self._unjudged: set[int] = set()  # families whose remembered clients may be stale
         self._lingering: set[SetElement] = set()  # hairpins that those clients may still need
@@ -438,6 +439,7 @@ class State:
             guarded=family in self._guarded,
             counters=self.options.counters,
             hashed=family in self._hashed,
+            by_endpoint=family in self._by_endpoint,
         )
 
     def _advance_tables(self) -> tuple[TableChange, ...]:
@@ -523,10 +525,13 @@ class State:
             for element in new_shared ^ old_shared:
                 counted.setdefault(element, self._counts[element] > 0)
                 self._counts[element] += 1 if element in new_shared else -1
-        if (old.affinity, old.guarded, old.hashed) != (new.affinity, new.guarded, new.hashed):
+        if (old.affinity, old.guarded, old.hashed, old.by_endpoint) != (
+            *(new.affinity, new.guarded, new.hashed, new.by_endpoint),
+        ):
             _count(self._affinity, old.affinity, new.affinity)
             _count(self._guarded, old.guarded, new.guarded)
             _count(self._hashed, old.hashed, new.hashed)
+            _count(self._by_endpoint, old.by_endpoint, new.by_endpoint)
             self._layouts_changed = True
         if new is NOTHING:
             self.programs.pop(name, None)

@@ -36,6 +36,8 @@ A packet's path through it (`ip sliceproxy`, and the same for `ip6`):
     postrouting and input, nat 100
       which endpoint a sticky client got: remember
                      (sticky-addresses, then sticky-ips; sticky-nodeports; into affinity)
+      which endpoint a counted Service's client got: count-endpoints
+                     (counted-frontends, counted-nodeports; into endpoint-counters)
       postrouting: a pod that reached itself (hairpins), and what is marked: masquerade
 
 Why it is like this:
@@ -61,6 +63,10 @@ Why it is like this:
   slots. The chains of `source-hash` exist only while a Service asks for it.
 - Counters are on the elements (of the verdict maps and the sets that refuse or drop), not in rules:
   a look-up that hits counts, so no rule is added, and a count belongs to one address and port.
+- Connections by endpoint are counted where clients are remembered, in a dynamic set of its own, and
+  only while a Service asks for it: a slot is no endpoint, so counters of slots would have to move
+  with endpoints. An element that has not been counted for a day vanishes, so no endpoint that was
+  removed has to be cleaned up. When the set is full, `update` ends its rule, uncounted.
 - The rules for session affinity exist only while a Service asks for it, also because nft 1.0.6
   aborts on *loading* the text of the IPv6 map (60 bytes of key and data), though it lists it.
 - Clients are remembered in nat chains, just before masquerading, not behind DNAT in filter chains:
@@ -111,6 +117,10 @@ PROTOCOLS = (TCP, UDP, SCTP)
 
 TABLE = "sliceproxy"
 AFFINITY_SIZE = 65536  # clients remembered per family; the map is full of them at 65,536
+ENDPOINT_COUNTERS_SIZE = 65536
+"""So many pairs of a frontend and an endpoint are counted per family."""
+ENDPOINT_COUNTERS_SECONDS = 24 * 3600
+"""A pair is forgotten after so long without a new connection."""
 FULL_SECONDS = 3600
 """For so long after a client could not be remembered, new ones are placed by their address."""
 DEFAULT_MARK = 0x4000  # kube-proxy's bit 14
@@ -198,11 +208,28 @@ class FamilySets:
         self.sticky_ips = verdicts("sticky-ips", destination, "whose clients are remembered")
         self.sticky_nodeports = verdicts("sticky-nodeports", port, "whose clients are remembered")
         self.sticky_addresses = plain("sticky-addresses", (fields.daddr,), "those of sticky-ips")
+        # only while a Service asks for counters of its endpoints:
+        self.counted_frontends = plain(
+            "counted-frontends", destination, "whose connections are counted by endpoint"
+        )
+        self.counted_nodeports = plain(
+            "counted-nodeports", port, "whose connections are counted by endpoint"
+        )
+        self.endpoint_counters = Set(
+            family,
+            "endpoint-counters",
+            (*destination, *target),
+            dynamic=True,
+            size=ENDPOINT_COUNTERS_SIZE,
+            comment="new connections by frontend and endpoint",
+            counted=True,
+        )
 
     @property
     def always(self) -> tuple[Set, ...]:
         """The sets that every table has."""
-        return tuple(s for s in vars(self).values() if isinstance(s, Set) and s not in self.sticky)
+        some = (*self.sticky, *self.by_endpoint)
+        return tuple(s for s in vars(self).values() if isinstance(s, Set) and s not in some)
 
     def endpoint_map(self, *, node_port: bool, inside: bool) -> Set:
         """The map that has the endpoints of one sort of list in slots."""
@@ -212,7 +239,7 @@ class FamilySets:
 
     @property
     def counted(self) -> tuple[Set, ...]:
-        """The sets whose elements have counters."""
+        """The sets that every table has whose elements have counters."""
         return tuple(s for s in self.always if s.counted)
 
     @property
@@ -225,6 +252,11 @@ class FamilySets:
             self.sticky_nodeports,
             self.sticky_addresses,
         )
+
+    @property
+    def by_endpoint(self) -> tuple[Set, ...]:
+        """The sets that a table has while a Service asks for counters of its endpoints."""
+        return (self.counted_frontends, self.counted_nodeports, self.endpoint_counters)
 
 
 SETS = {family: FamilySets(family) for family in FAMILIES}
@@ -247,7 +279,8 @@ class Layout(msgspec.Struct, frozen=True):
     `pods` says how a pod of this node is identified: by the pod-cidrs set (True), by an interface,
     or not at all (None). `affinity` holds the timeouts in seconds that Services ask for, ascending;
     `guarded` says whether one has loadBalancerSourceRanges, `hashed` whether one asks for
-    source-hash, `counters` whether packets are counted.
+    source-hash, `counters` whether packets are counted, `by_endpoint` whether a Service's
+    connections are also counted by endpoint.
     """
 
     family: int
@@ -257,6 +290,7 @@ class Layout(msgspec.Struct, frozen=True):
     guarded: bool = False
     counters: bool = False
     hashed: bool = False
+    by_endpoint: bool = False
 
 
 # bounded: each distinct session affinity timeout makes other tables, of 310 KiB
@@ -265,9 +299,11 @@ def build(layout: Layout) -> Table:
     """The table of one family."""
     sets = SETS[layout.family]
     used = sets.always + (sets.sticky if layout.affinity else ())
+    used += sets.by_endpoint if layout.by_endpoint else ()
     chains = (
         *_base_chains(layout, sets),
         *_shared_chains(sets),
+        *(_counting_chains(sets) if layout.by_endpoint else ()),
         *_affinity_chains(layout, sets),
         *_balancers(layout, sets),
     )
@@ -300,13 +336,14 @@ def _base_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:
         yield Chain(
             guarded, (rule(Jump("guard")), rule(Is(Predicate.UNTRANSLATED), Jump(unanswered)))
         )
-    remember = (rule(Is(Predicate.TRANSLATED), Jump("remember")),) if layout.affinity else ()
-    if remember:
-        yield Chain("nat-input", remember, Base("nat", Hook.INPUT, 100))
+    asked = (("count-endpoints", layout.by_endpoint), ("remember", layout.affinity))
+    sent = tuple(rule(Is(Predicate.TRANSLATED), Jump(chain)) for chain, asks in asked if asks)
+    if sent:
+        yield Chain("nat-input", sent, Base("nat", Hook.INPUT, 100))
     yield Chain(
         "nat-postrouting",
         (
-            *remember,
+            *sent,
             rule(
                 # few match, so this goes first; a node that asks itself may, untranslated
                 In((f.saddr, f.daddr), sets.hairpins),
@@ -420,6 +457,31 @@ def _shared_chains(sets: FamilySets) -> Iterator[Chain]:
     )
     # RST for TCP in both families: a client's TCP believes an ICMPv6 error only at its second SYN
     yield Chain("refuse", (rule(IsProtocol(TCP), Final.RESET), rule(Final.REJECT)))
+
+
+def _counting_chains(sets: FamilySets) -> Iterator[Chain]:
+    """Counts the connection at its frontend and endpoint; where the set has no room for this pair,
+    the packet goes on uncounted."""
+    f = sets.fields
+
+    def counts(protocol: int, *asked: Statement) -> Rule:
+        key = (f.original_daddr, f.protocol, f.original_dport, f.daddr, f.dport)
+        update = Remember(sets.endpoint_counters, key, (), ENDPOINT_COUNTERS_SECONDS)
+        return rule(IsProtocol(protocol), *asked, update, Final.RETURN)
+
+    at_address = (f.original_daddr, f.protocol, f.original_dport)
+    at_node_port = (f.protocol, f.original_dport)
+    yield Chain(
+        "count-endpoints",
+        (
+            *(counts(p, In(at_address, sets.counted_frontends)) for p in PROTOCOLS),
+            rule(In((f.original_daddr,), sets.nodeport_ips), Goto("count-endpoints-of-node-port")),
+        ),
+    )
+    yield Chain(
+        "count-endpoints-of-node-port",
+        tuple(counts(p, In(at_node_port, sets.counted_nodeports)) for p in PROTOCOLS),
+    )
 
 
 def _affinity_chains(layout: Layout, sets: FamilySets) -> Iterator[Chain]:

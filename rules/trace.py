@@ -104,6 +104,7 @@ class Effect(Enum):
     UNMARKS = "loses the mark"
     MASQUERADES = "is masqueraded"
     REMEMBERS = "is remembered for"
+    COUNTS = "is counted for its endpoint"
     DROPS = "is dropped"
     REFUSES = "is refused"
 
@@ -431,6 +432,8 @@ class _Passage:
                 return self._go_by(fields, named)
             case Translate(fields, named):
                 return self._translate(fields, named)
+            case Remember(map=named) if named.counted:
+                self._note(Effect.COUNTS)
             case Remember(seconds=seconds):
                 self.flight = replace(self.flight, remembered=seconds)
                 self._note(Effect.REMEMBERS, f"{seconds} s")

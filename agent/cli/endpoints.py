@@ -47,7 +47,7 @@ def command(
     else:
         name, _, port = question.partition(":")
         path = f"/v1/services/{quote(name)}"
-        table = Client(socket_path).get(path, EndpointTable, {"port": port})
+        table = Client(socket_path).get(path, EndpointTable, {"port": port, "counters": "true"})
     rows = (f"{row.address}:{row.port}" for port in table.ports for row in port.rows)
     put(table, output, lambda console: show(table, console), rows)
 
@@ -87,7 +87,9 @@ def _grid(port: PortTable) -> Table:
     policies = [p for p in ("cluster", "local") if any(getattr(r, p) for r in port.rows)]
     grid = Table(box=None, pad_edge=False, header_style="dim")
     optional = [
-        c for c in ("zone", "hints", "pod", "weight") if any(_cell(r, c) for r in port.rows)
+        c
+        for c in ("zone", "hints", "pod", "weight", "connections")
+        if any(_cell(r, c) for r in port.rows)
     ]
     for column in ("endpoint", "condition", "node", *optional, "slice"):
         grid.add_column(column, overflow="fold")
@@ -107,8 +109,9 @@ def _cell(row: Row, column: str) -> str:
             return escape(f"{address}:{row.port}")
         case "condition":
             return _condition(row)
-        case "weight":
-            return "" if row.weight is None else str(row.weight)
+        case "weight" | "connections":
+            number = row.weight if column == "weight" else row.connections
+            return "" if number is None else str(number)
         case "hints":
             return escape(", ".join((*row.node_hints, *row.zone_hints)))
         case _:

@@ -130,6 +130,13 @@ class CountersReader:
                 for owner in _in_order(keys)
             }
 
+    def read_by_endpoint(self) -> PacketCounts:
+        """The counts of connections by endpoint, now. Raises KernelError."""
+        with self._lock:
+            self._kernel = kernel = self._kernel or self._connect()
+            owners = [SETS[family].endpoint_counters for family in FAMILIES]
+            return {owner: kernel.counts(owner) for owner in owners}
+
     def _all(self, kernel: ReadsCounts) -> PacketCounts:
         absent = self._kept.absent()
         found: dict[Set, Mapping[Key, Count]] = {}

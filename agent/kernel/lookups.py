@@ -47,7 +47,7 @@ class KernelElements(Mapping[Set, Mapping[Key, Value]]):
         for family in FAMILIES:
             names = self._kernel.set_names(family)
             known = SETS[family]
-            every = (*known.always, *known.sticky, known.affinity)
+            every = (*known.always, *known.sticky, *known.by_endpoint)
             sets += [s for s in every if s.name in names]
         return frozenset(sets)
 

@@ -275,7 +275,7 @@ class TableReader(Closing):
         sets = SETS[found.family]
         return {
             s: self._all_elements(s, found.sets[s.name])
-            for s in (*sets.always, *sets.sticky)
+            for s in (*sets.always, *sets.sticky, *sets.by_endpoint)
             if s.name in found.sets and not s.dynamic
         }
 

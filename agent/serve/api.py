@@ -46,6 +46,7 @@ from rules.counts import (
 )
 from rules.diff import Elements
 from rules.doctor import Check
+from rules.endpoint_counts import is_counted, with_connections
 from rules.endpoint_report import EndpointTable, QuestionError, endpoints
 from rules.explain import Explanation, explain
 from rules.flow_report import Flow, StateDirectory
@@ -179,7 +180,8 @@ class Sources(NamedTuple):
     `watches` are the source's, `options` what the operator chose, `examine` the doctor's checks of
     this node with a state. `elements` are the kernel's, None if it has no tables. `difference` has
     the commands that would bring the kernel to a state, `counts` what the kernel has counted, and
-    `counts_of` the same of some elements; both are None without counters. `flows` listens to new
+    `counts_of` the same of some elements, `counts_by_endpoint` those of Services that ask for it;
+    all are None without counters. `flows` listens to new
     connections while someone asks; None where that is not possible. `interface` has the
     node's interface towards an address.
     """
@@ -198,6 +200,7 @@ class Sources(NamedTuple):
     started: float
     counts: Callable[[], PacketCounts] | None = None
     counts_of: Callable[[Mapping[Set, Sequence[Key]]], PacketCounts] | None = None
+    counts_by_endpoint: Callable[[], PacketCounts] | None = None
     flows: RecentFlows | None = None
     interface: Callable[[Address], str] | None = None
 
@@ -281,9 +284,10 @@ class Api:
             case ["v1", "counters"]:
                 return self._counters(_only(query, "namespace", "name"))
             case ["v1", "services", namespace, name]:
-                query = _only(query, "port")
+                query = _only(query, "port", "counters")
                 port = f":{query['port']}" if "port" in query else ""
-                return self._endpoints(f"{namespace}/{name}{port}")
+                counted = query.get("counters") == "true"
+                return self._endpoints(f"{namespace}/{name}{port}", counted=counted)
             case ["v1", "explain"]:
                 query = _only(query, "target", "from")
                 if "target" not in query:
@@ -347,11 +351,15 @@ class Api:
             options=dict(sources.options),
         )
 
-    def _endpoints(self, question: str) -> object:
+    def _endpoints(self, question: str, *, counted: bool) -> object:
+        state, read = self._stepped(), self._sources.counts_by_endpoint
         try:
-            return endpoints(self._stepped(), question)
+            table = endpoints(state, question)
         except QuestionError as error:
             raise ApiError(404, str(error)) from None
+        if counted and read and is_counted(state, table):
+            return with_connections(state, table, read())
+        return table
 
     def _lines(self, namespace: str, *, counted: bool) -> bytes:
         """The Services' lines as JSON. Readers poll them, and they are the same until the state

@@ -75,7 +75,12 @@ class Proxy:
             self.kernel.apply(self.followed)
 
     def affinity_set(self, family: int) -> bool:
-        return any(s.dynamic for t in self.state.tables() if t.family == family for s in t.sets)
+        return any(
+            s is SETS[family].affinity
+            for t in self.state.tables()
+            if t.family == family
+            for s in t.sets
+        )
 
     def in_kernel(self) -> Elements:
         """All elements of both tables, read back."""

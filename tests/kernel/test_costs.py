@@ -19,7 +19,7 @@ from rules.netlink.attributes import string
 from rules.netlink.nftables import NFT_MSG_GETRULE, NFTA_RULE_TABLE
 from rules.objects import EndpointSlice, Object, Service
 from rules.slots import fitting
-from rules.tables import FAMILIES
+from rules.tables import FAMILIES, SETS
 from rules.transaction import Transaction
 from tests import manifest
 from tests.kernel.proxy import Proxy
@@ -35,6 +35,9 @@ MOST_RULES = 2619
 
 HASH_RULES = 108
 """So many more while a Service asks for source-hash: 24 for each of 4 widths, 12 for one entry."""
+
+BY_ENDPOINT_RULES = 9
+"""So many more while connections of a Service are counted by endpoint."""
 
 PER_SLICE, MOST_SLICES = 1000, 4
 ADDRESSES = 6  # cluster IP, external IP and node port, in both families
@@ -287,6 +290,27 @@ def test_algorithms_cost_rules_only_where_source_hash_is_asked_for(proxy):
     proxy.delete(*(o for o in _services(3, 1000) if isinstance(o, Service)))
     for family in FAMILIES:
         assert _rules_in_kernel(proxy, family) == RULES
+
+
+def test_counters_by_endpoint_cost_rules_only_where_a_service_asks(proxy):
+    """As many for a thousand Services as for one, none and no set when they are gone; and one
+    element for each frontend of a Service that asks."""
+    before = proxy.state.tables()
+    asked = {"sliceproxy.io/endpoint-counters": "true"}
+    ordinary = operations(proxy.put(web(), *slices([1, 2])))
+    proxy.delete(web(), *slices([1, 2]))
+    counted = operations(proxy.put(web(annotations=asked), *slices([1, 2])))
+    assert counted - ordinary == {"counted-frontends": 4, "counted-nodeports": 2}
+    for behind in (4, 1000):
+        proxy.put(*_services(3, behind, annotations=asked))
+        for family in FAMILIES:
+            assert _rules_in_kernel(proxy, family) == RULES + BY_ENDPOINT_RULES
+    proxy.check()
+    proxy.delete(web(), *(o for o in _services(3, 1000) if isinstance(o, Service)))
+    assert proxy.state.tables() == before
+    for family in FAMILIES:
+        assert _rules_in_kernel(proxy, family) == RULES
+        assert not {s.name for s in SETS[family].by_endpoint} & proxy.kernel.set_names(family)
 
 
 def test_a_weight_costs_as_many_elements_as_it_changes_by(proxy):

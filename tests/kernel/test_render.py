@@ -154,6 +154,22 @@ def test_every_nft_lists_session_affinity_in_both_families(tmp_path: Path) -> No
             assert normal(listing) == normal(by_netlink[version]), version
 
 
+def test_every_nft_loads_and_lists_counters_by_endpoint_in_both_families(tmp_path: Path) -> None:
+    service = manifest.service_document(
+        annotations={"sliceproxy.io/endpoint-counters": "true"},
+        ipFamilies=["IPv4", "IPv6"],
+        cluster_ips=["10.96.0.10", "fd00:10:96::a"],
+    )
+    pieces = (
+        manifest.slice_document(endpoints=[manifest.endpoint(address)], name=f"web-{number}")
+        for number, address in enumerate(("10.0.0.1", "fd00::1"))
+    )
+    (tmp_path / "web.json").write_text(json.dumps({"kind": "List", "items": [service, *pieces]}))
+    text = compare([f"--from={tmp_path}", *NODE])
+    assert text.count("set endpoint-counters {") == 2
+    assert text.count("update @endpoint-counters {") == 2 * 6
+
+
 def _dual_stack_affinity(tmp_path: Path) -> list[str]:
     text = (RECORDINGS / "list-services.json").read_text()
     changed = text.replace('"sessionAffinity":"None"', '"sessionAffinity":"ClientIP"').replace(

@@ -300,7 +300,9 @@ def add_to_every_set(kernel: Kernel) -> int:
     flags = u32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_CATCHALL)
     for family, sets in SETS.items():
         names = kernel.set_names(family)
-        for owner in (o for o in (*sets.always, *sets.sticky) if o.name in names):
+        for owner in (
+            o for o in (*sets.always, *sets.sticky, *sets.by_endpoint) if o.name in names
+        ):
             data = b""
             if owner.verdicts:
                 data = nest(NFTA_SET_ELEM_DATA, verdict_data(NF_DROP))

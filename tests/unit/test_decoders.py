@@ -113,6 +113,7 @@ metadata = st.fixed_dictionaries(
                 "sliceproxy.io/weights": st.sampled_from(
                     ("a=3,10.0.0.1=0", "a=1,a=2", "a=70000", "")
                 ),
+                "sliceproxy.io/endpoint-counters": st.sampled_from(("true", "false", "yes", "")),
                 "sliceproxy.io/zone-weights": st.sampled_from(("a=3, b=1", "a", "=1")),
             },
         ),

@@ -47,7 +47,9 @@ from rules.text import CATCH_ALL
 from tests.fuzzing import fuzzed
 from tests.unit.test_conntrack import CLIENT, VIP, A, entry
 
-SETS_OF_ALL_KINDS = [s for sets in SETS.values() for s in (*sets.always, *sets.sticky)]
+SETS_OF_ALL_KINDS = [
+    s for sets in SETS.values() for s in (*sets.always, *sets.sticky, *sets.by_endpoint)
+]
 
 # lengths that lie: too small, too large, off by a few
 _headers = st.builds(

@@ -244,7 +244,7 @@ class FakeKernel(Kernel):
         sets = SETS[found.family]
         return {
             s: dict(found.content.sets[s.name].elements)
-            for s in (*sets.always, *sets.sticky)
+            for s in (*sets.always, *sets.sticky, *sets.by_endpoint)
             if s.name in found.sets and not s.dynamic
         }
 
