@@ -35,6 +35,8 @@ def command(
 ) -> None:
     """Show the endpoints of a Service, and which of them this node uses, and why.
 
+    The agent also shows the connections to each, if the Service has them counted.
+
     Asks the agent on this node, or reads manifests (--from) or a cluster (--kubeconfig).
     """
     question = service_name(service, namespace or "")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from agent.cli.endpoints import show
 from agent.config.settings import Settings
+from rules.endpoint_counts import is_counted, with_connections
 from rules.endpoint_report import (
     EndpointTable,
     PortTable,
@@ -20,8 +21,12 @@ from rules.endpoint_report import (
     endpoints,
 )
 from rules.events import Upsert
-from rules.objects import Object
+from rules.frontends import destination_key
+from rules.netlink.counters import Count
+from rules.objects import TCP, Object, parse_address
 from rules.state import State
+from rules.tables import SETS
+from rules.target import target_of
 from tests.manifest import balancing, endpoint, endpoint_slice, node, service
 
 HTTP = {"name": "http", "port": 80}
@@ -136,6 +141,51 @@ def test_weights_are_shown_where_they_count_and_a_drained_endpoint_says_so() -> 
     ordinary = table(web(), piece)
     assert ordinary.algorithm == "random"
     assert {r.weight for r in only_port(ordinary).rows} == {None}
+
+
+COUNTED = {"sliceproxy.io/endpoint-counters": "true"}
+NODE_PORT = {"name": "http", "port": 80, "nodePort": 30080}
+
+
+def test_connections_are_those_at_all_frontends_of_the_service_alone() -> None:
+    """An address of another Service has the node port's number: those are the other's."""
+    state = stepped(
+        *(web(annotations=COUNTED, type="NodePort", ports=[NODE_PORT]),),
+        endpoint_slice("web", [endpoint("10.0.0.1"), endpoint("10.0.0.2")]),
+        service(
+            "other",
+            cluster_ips=["10.96.0.11"],
+            ports=[{"name": "http", "port": 30080}],
+            annotations=COUNTED,
+        ),
+    )
+    counts = {
+        SETS[4].endpoint_counters: {
+            destination_key(parse_address(asked), TCP, port)
+            + target_of(parse_address("10.0.0.1"), 8080): Count(packets, 60 * packets)
+            for asked, port, packets in (
+                *(("10.96.0.10", 80, 1), ("172.31.0.2", 30080, 2), ("172.31.0.3", 30080, 4)),
+                *(("10.96.0.11", 30080, 8), ("10.96.0.12", 80, 16)),
+            )
+        }
+    }
+    table = endpoints(state, "default/web")
+    assert is_counted(state, table)
+    found = with_connections(state, table, counts)
+    assert [(r.address, r.connections) for r in only_port(found).rows] == [
+        *(("10.0.0.1", 7), ("10.0.0.2", 0))
+    ]
+    assert "connections" in text(found)
+    assert "connections" not in text(table)
+
+
+@pytest.mark.parametrize("asks", ["true", "false", "True", "1", ""])
+def test_the_annotation_for_counters_is_true_or_false(asks: str) -> None:
+    annotations = {"sliceproxy.io/endpoint-counters": asks}
+    found = stepped(web(annotations=annotations), endpoint_slice("web", [endpoint("10.0.0.1")]))
+    assert is_counted(found, endpoints(found, "default/web")) == (asks == "true")
+    problems = [p.code for p in found.problems.open()]
+    assert problems == ([] if asks in ("true", "false") else ["unusable_value"])
 
 
 def test_used_ones_come_first_with_the_reasons_of_both_policies() -> None:

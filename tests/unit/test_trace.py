@@ -373,3 +373,14 @@ def test_pods_identified_by_interface() -> None:
 def test_targets_are_written_with_brackets_where_needed() -> None:
     assert target_text(target("10.0.0.1")) == "10.0.0.1:8080"
     assert target_text(target("fd00::1", 53)) == "[fd00::1]:53"
+
+
+@pytest.mark.parametrize(("address", "port"), [("10.96.0.10", 80), ("172.31.0.2", 30080)])
+def test_a_connection_that_is_counted_by_endpoint_is_not_remembered(
+    address: str, port: int
+) -> None:
+    asked = {"sliceproxy.io/endpoint-counters": "true"}
+    state = stepped(*web(REMOTE, annotations=asked))
+    (branch,) = ask(state, "198.51.100.1", address, port).branches
+    assert Effect.COUNTS in [step.effect for step in branch.steps]
+    assert (branch.end, branch.remembered) == (End.SENT, 0)
