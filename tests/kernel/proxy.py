@@ -75,12 +75,7 @@ class Proxy:
             self.kernel.apply(self.followed)
 
     def affinity_set(self, family: int) -> bool:
-        return any(
-            s is SETS[family].affinity
-            for t in self.state.tables()
-            if t.family == family
-            for s in t.sets
-        )
+        return any(SETS[family].affinity in t.sets for t in self.state.tables())
 
     def in_kernel(self) -> Elements:
         """All elements of both tables, read back."""

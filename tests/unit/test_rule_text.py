@@ -17,7 +17,14 @@ from rules.netlink.rule_text import rule_text
 from rules.tables import TABLE, Layout, PodInterface, build
 
 LAYOUTS = [
-    Layout(family, pods=pods, affinity=affinity, guarded=bool(affinity))
+    Layout(
+        family,
+        pods=pods,
+        affinity=affinity,
+        guarded=bool(affinity),
+        counters=bool(affinity),
+        by_endpoint=bool(affinity),
+    )
     for family in (4, 6)
     for pods, affinity in (
         (None, ()),
