@@ -362,16 +362,16 @@ class Loop:
             self._note("repaired", "another process changed the tables", transaction)
         self._doubt = self._disturbed = self._outgrown = False
         self._keep_heap()
-        self._clear_switches()
+        self._clear_written_sets()
         self._forget_clients(FAMILIES)
         self._look_for_stale_flows(transaction.change.stale_udp, everything=True)
 
-    def _clear_switches(self) -> None:
-        """Deletes what only another process adds to the sets that say that a map is full: an
-        element for all keys. They are not read, as rules write them."""
+    def _clear_written_sets(self) -> None:
+        """Deletes what only another process adds to sets that rules write: an element for all
+        keys. They are not read back; the map of session affinity is, by `_forget_clients`."""
         for table in self.state.tables():
             for owner in table.sets:
-                if owner is SETS[table.family].affinity_full:
+                if owner.dynamic and not owner.is_map:
                     self._kernel.destroy(owner, [(CATCH_ALL, None)])
 
     @staticmethod

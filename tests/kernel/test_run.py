@@ -321,8 +321,8 @@ def test_elements_for_all_other_keys_that_another_process_added_are_removed(
     world: World, place: Path, while_it_runs: bool
 ) -> None:
     """In every set and map of both families; noticed as it happens, and after a start."""
-    sticky = documents(1, 2, sessionAffinity="ClientIP")
-    write(place, *sticky)
+    asked = {"sliceproxy.io/endpoint-counters": "true"}
+    write(place, *documents(1, 2, sessionAffinity="ClientIP", annotations=asked))
     with Agent(world, place, "--no-own") as agent:
         agent.wait("programmed")
         first = len(agent.lines)
