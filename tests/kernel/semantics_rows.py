@@ -1256,6 +1256,29 @@ NOT_HERE = {
         "needs many clients",
         "tests/kernel/test_algorithms.py::test_few_clients_move_when_an_endpoint_is_removed_or_added",
     ),
+    "kube-proxy does not count them. With the annotation": (
+        "what is counted for each endpoint is no packet's outcome",
+        "tests/kernel/test_endpoint_counters.py::"
+        "test_connections_add_up_by_endpoint_and_no_other_service_is_counted",
+    ),
+    "A count begins with the first connection": (
+        "a day is not waited for; the agent's restart shows that the kernel keeps the counts",
+        "tests/kernel/test_endpoint_counters.py::test_the_agent_shows_them_also_after_a_restart",
+    ),
+    "The counts of a port's endpoints add up": (
+        "needs the counts of the whole Service",
+        "tests/kernel/test_endpoint_counters.py::"
+        "test_connections_add_up_by_endpoint_and_no_other_service_is_counted",
+    ),
+    "65,536 pairs of an address and an endpoint": (
+        "needs a full set",
+        "tests/kernel/test_endpoint_counters.py::"
+        "test_a_full_set_counts_no_more_endpoints_and_connects_all_the_same",
+    ),
+    "With `--no-counters` the annotation": (
+        "needs an agent without counters",
+        "tests/kernel/test_endpoint_counters.py::test_nothing_is_counted_without_counters",
+    ),
     "`healthCheckNodePort` (policy Local)": (
         "the agent's own answer over HTTP, behind no rule",
         "tests/unit/test_health.py::test_a_health_check_port_answers_each_family_by_its_own_endpoints",
