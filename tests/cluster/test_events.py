@@ -18,7 +18,7 @@ from agent.sources.kubernetes.event_poster import (
     QUEUED,
     REPEAT_SECONDS,
     EventPoster,
-    Pace,
+    PostTiming,
     event_of,
 )
 from lab.world import World
@@ -29,7 +29,7 @@ from tests.kernel.agent import Agent
 from tests.manifest import service_document
 
 PATIENCE = 20.0
-AT_ONCE = Pace(burst=1000, interval=0.001, spread=0.0)
+AT_ONCE = PostTiming(burst=1000, interval=0.001, spread=0.0)
 WEB = Problem(ADDRESS_CONFLICT, Subject("Service", "shop/web", "shop/web"), "10.0.0.1:80 is taken")
 
 
@@ -49,7 +49,7 @@ def created(server: ApiServer) -> int:
 class Posting:
     """A poster with a server. `lines` are what it logs, above debug unless `debug`."""
 
-    def __init__(self, server: ApiServer, pace: Pace) -> None:
+    def __init__(self, server: ApiServer, timing: PostTiming) -> None:
         self.server = server
         self.clock = Clock()
         self.lines: list[dict[str, Any]] = []
@@ -64,7 +64,7 @@ class Posting:
             log,
             lambda _, error: self.failed.append(error),
             requested=lambda method, code, *_: self.requests.append((method, code)),
-            pace=pace,
+            timing=timing,
             clock=self.clock,
         )
 
@@ -80,8 +80,8 @@ class Posting:
 
 
 @contextmanager
-def posting(server: ApiServer, pace: Pace = AT_ONCE) -> Iterator[Posting]:
-    started = Posting(server, pace)
+def posting(server: ApiServer, timing: PostTiming = AT_ONCE) -> Iterator[Posting]:
+    started = Posting(server, timing)
     started.poster.start()
     try:
         yield started
@@ -241,7 +241,7 @@ def test_errors_and_a_server_that_is_away_are_debug_lines(server: ApiServer) -> 
 
 
 def test_so_many_at_once_and_then_one_for_each_interval(server: ApiServer) -> None:
-    with posting(server, Pace(burst=3, interval=0.05, spread=0.0)) as to:
+    with posting(server, PostTiming(burst=3, interval=0.05, spread=0.0)) as to:
         to.poster.opened([other(number) for number in range(10)])
         server.wait_for(lambda: created(server) == 3)
         to.clock.now += 0.05
@@ -266,7 +266,7 @@ def test_what_waits_is_bounded_and_the_caller_never_waits(server: ApiServer) -> 
 
 
 def test_stopping_does_not_wait_for_the_pace(server: ApiServer) -> None:
-    with posting(server, Pace(burst=1, interval=1e6, spread=0.0)) as to:
+    with posting(server, PostTiming(burst=1, interval=1e6, spread=0.0)) as to:
         to.post(WEB)
         to.poster.opened([other(1)])
 

@@ -31,6 +31,7 @@ from urllib.parse import urlencode
 import msgspec
 import structlog
 
+from agent.sources.kubernetes.pace import Pace
 from agent.worker import Failed, Worker
 from rules.problems import Problem
 
@@ -59,9 +60,9 @@ _RESOURCES = {
 """apiVersion and path of each kind that may have problems."""
 
 
-class Pace(NamedTuple):
-    """How fast Events are posted: a burst, then one for each interval. Each waits up to `spread`
-    seconds first, at random, because all nodes find a problem at the same time."""
+class PostTiming(NamedTuple):
+    """How fast Events are posted: a burst, then one for each interval (a `Pace`). Each waits up to
+    `spread` seconds first, at random, because all nodes find a problem at the same time."""
 
     burst: int = 10
     interval: float = 6.0
@@ -91,7 +92,7 @@ class EventPoster(Worker):
         failed: Failed,
         *,
         requested: Callable[[str, int | str, str, float | None], None] = lambda *_: None,
-        pace: Pace = Pace(),  # noqa: B008, a tuple of numbers
+        timing: PostTiming = PostTiming(),  # noqa: B008, a tuple of numbers
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__("events", failed)
@@ -99,11 +100,11 @@ class EventPoster(Worker):
         self._node = node
         self._log = log
         self._requested = requested
-        self._pace = pace
+        self._spread = timing.spread
+        self._pace = Pace(timing.interval, timing.burst, clock)
         self._clock = clock
         self._queue: queue.SimpleQueue[Problem | None] = queue.SimpleQueue()
         self._posted: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._tokens, self._counted = float(pace.burst), clock()
         self._ended = False
 
     def opened(self, problems: Iterable[Problem]) -> None:
@@ -122,9 +123,21 @@ class EventPoster(Worker):
     def work(self) -> None:
         """Posts until `stop`, or until the API server forbids it."""
         while (problem := self._queue.get()) is not None and not self.stopping:
-            if self._is_new(problem) and not self._post(problem):
+            if not self._is_new(problem):
+                continue
+            if self.pause(random.uniform(0, self._spread)) or not self._post(problem):
+                break
+            if self._rest():  # after the post, as a `Pace` has it
                 break
         self._ended = True
+
+    def _rest(self) -> bool:
+        """Waits until the next one may be posted; returns whether the worker is to stop."""
+        until = self._clock() + self._pace.rest()
+        while (left := until - self._clock()) > 0:
+            if self.pause(left):
+                return True
+        return False
 
     def _is_new(self, problem: Problem) -> bool:
         """Whether the problem was not posted lately; it counts as posted from now on."""
@@ -139,8 +152,6 @@ class EventPoster(Worker):
 
     def _post(self, problem: Problem) -> bool:
         """Posts one Event. Returns whether to go on."""
-        if self.pause(random.uniform(0, self._pace.spread)) or not self._take_token():
-            return False
         try:
             event = event_of(problem, self._uid(problem), self._node, datetime.now(UTC))
             path = f"/apis/events.k8s.io/v1/namespaces/{event['metadata']['namespace']}/events"
@@ -190,19 +201,6 @@ class EventPoster(Worker):
             raise
         self._requested(method, status, server, time.monotonic() - began)
         return status, answer
-
-    def _take_token(self) -> bool:
-        """Waits until the pace allows the next one; false if the worker is to stop."""
-        while True:
-            now = self._clock()
-            gained = (now - self._counted) / self._pace.interval
-            self._tokens = min(float(self._pace.burst), self._tokens + gained)
-            self._counted = now
-            if self._tokens >= 1:
-                self._tokens -= 1
-                return True
-            if self.pause((1 - self._tokens) * self._pace.interval):
-                return False
 
 
 class _Metadata(msgspec.Struct):

@@ -1,9 +1,10 @@
-"""How often a watch hands over what it has read.
+"""How often something is done that may be wanted at any time: a watch hands over what it has read,
+an Event is posted.
 
-A wake-up of a thread on a cold CPU takes more than the work for one change: 0.5 ms of CPU, against
-0.07 ms for each of ten changes that are read and programmed together. So where changes arrive
-steadily, they are read some at a time. A lone change is never delayed, and neither is a burst: a
-rolling restart of hundreds of pods is programmed change by change.
+Why a watch has a pace: a wake-up of a thread on a cold CPU takes more than the work for one change,
+0.5 ms of CPU against 0.07 ms for each of ten changes that are read and programmed together. So
+where changes arrive steadily, they are read some at a time. A lone change is never delayed, and
+neither is a burst: a rolling restart of hundreds of pods is programmed change by change.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 
 class Pace:
-    """Allows `burst` wake-ups at any time and one more every `interval` seconds (the generic cell
+    """Allows `burst` turns at any time and one more every `interval` seconds (the generic cell
     rate algorithm, a token bucket with one number of state)."""
 
     def __init__(
@@ -25,7 +26,7 @@ class Pace:
         self._next = float("-inf")
 
     def rest(self) -> float:
-        """To be called after each wake-up: the seconds until the next one is allowed."""
+        """To be called after each turn: the seconds until the next one is allowed."""
         now = self._clock()
         self._next = max(self._next, now - self._saved) + self._interval
         return max(0.0, self._next - now)
