@@ -273,3 +273,41 @@ def proxy(world: World) -> Iterator[Callable[..., Proxy]]:
 def _flush_conntrack() -> None:
     with NFCTSocket() as conntrack:
         conntrack.flush()
+
+
+CROWD = 24
+"""So many clients are a `Crowd`."""
+
+
+class Crowd:
+    """Many clients outside: addresses of one machine."""
+
+    def __init__(self, net: Net, addresses: list[str]) -> None:
+        self.net = net
+        self.addresses = addresses
+
+    def ask(self, where: tuple[str, int], protocol: str = "tcp") -> dict[str, str]:
+        """Who answers each client."""
+        return {
+            address: self.net.server("crowd", where, protocol, source=address)
+            for address in self.addresses
+        }
+
+
+@pytest.fixture(scope="module")
+def crowd_addresses(world: World) -> Iterator[dict[int, list[str]]]:
+    addresses = {
+        4: [f"172.31.0.{number}" for number in range(110, 110 + CROWD)],
+        6: [f"fd00:172:31::c:{number}" for number in range(1, 1 + CROWD)],
+    }
+    both = [*addresses[4], *addresses[6]]
+    for address in both:
+        world.add_address("crowd", address, "eth0")
+    yield addresses
+    for address in both:
+        world.remove_address("crowd", address, "eth0")
+
+
+@pytest.fixture
+def crowd(net: Net, crowd_addresses: dict[int, list[str]]) -> Crowd:
+    return Crowd(net, crowd_addresses[net.family])

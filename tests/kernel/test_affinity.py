@@ -6,7 +6,7 @@ import ipaddress
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,9 +26,11 @@ from tests import manifest
 from tests.kernel.conftest import (
     CLIENTS,
     CLUSTER_CIDR,
+    CROWD,
     PROTOCOLS,
     SERVICE_PORTS,
     SILENCE_SECONDS,
+    Crowd,
     Net,
 )
 from tests.kernel.proxy import Proxy
@@ -38,7 +40,6 @@ Start = Callable[..., Proxy]
 ENDPOINTS = ("pod-1", "pod-2", "pod-4", "remote-1")
 FRONTENDS = ("cluster-ip", "external-ip", "balancer-ip", "node-port")
 CONNECTIONS = 200
-MANY = 24
 """So many clients do not all get one endpoint of four by chance: 1 in 10^13."""
 PATIENCE_SECONDS = 15.0
 """How long to wait for what happens after a second or two."""
@@ -63,40 +64,6 @@ def neighbour(net: Net, **fields: Any) -> Service:
         ingress=[],
         **fields,
     )
-
-
-class Crowd:
-    """Many clients outside: addresses of one machine."""
-
-    def __init__(self, net: Net, addresses: list[str]) -> None:
-        self.net = net
-        self.addresses = addresses
-
-    def ask(self, where: tuple[str, int], protocol: str = "tcp") -> dict[str, str]:
-        """Who answers each client."""
-        return {
-            address: self.net.server("crowd", where, protocol, source=address)
-            for address in self.addresses
-        }
-
-
-@pytest.fixture(scope="module")
-def crowd_addresses(world: World) -> Iterator[dict[int, list[str]]]:
-    addresses = {
-        4: [f"172.31.0.{number}" for number in range(110, 110 + MANY)],
-        6: [f"fd00:172:31::c:{number}" for number in range(1, 1 + MANY)],
-    }
-    both = [*addresses[4], *addresses[6]]
-    for address in both:
-        world.add_address("crowd", address, "eth0")
-    yield addresses
-    for address in both:
-        world.remove_address("crowd", address, "eth0")
-
-
-@pytest.fixture
-def crowd(net: Net, crowd_addresses: dict[int, list[str]]) -> Crowd:
-    return Crowd(net, crowd_addresses[net.family])
 
 
 def remembered(p: Proxy, family: int, service_ip: str | None = None) -> dict[str, str]:
@@ -192,7 +159,7 @@ def test_clients_are_spread_over_the_endpoints_and_keep_them(
         assert set(first.values()) <= set(ENDPOINTS)
         for _ in range(3):
             assert crowd.ask(net.at(frontend), protocol) == first
-    assert len(p.kernel.elements(SETS[net.family].affinity)) == MANY * len(PROTOCOLS)
+    assert len(p.kernel.elements(SETS[net.family].affinity)) == CROWD * len(PROTOCOLS)
 
 
 def test_the_map_holds_who_was_sent_where(proxy: Start, net: Net, crowd: Crowd) -> None:
@@ -272,7 +239,7 @@ def test_services_have_timeouts_of_their_own(proxy: Start, net: Net, crowd: Crow
     crowd.ask(net.at("cluster-ip"))
     kept = crowd.ask((net.other_cluster_ip, 80))
     wait_until_forgotten(p, net.family, net.cluster_ip)
-    assert len(remembered(p, net.family, net.other_cluster_ip)) == MANY
+    assert len(remembered(p, net.family, net.other_cluster_ip)) == CROWD
     assert crowd.ask((net.other_cluster_ip, 80)) == kept
 
 
@@ -458,7 +425,7 @@ def test_clients_of_a_removed_address_are_forgotten(proxy: Start, net: Net, crow
     p.check()
     assert remembered(p, net.family, net.external_ip) == {}
     assert remembered(p, net.family, net.balancer_ip) == {}
-    assert len(remembered(p, net.family, net.cluster_ip)) == MANY
+    assert len(remembered(p, net.family, net.cluster_ip)) == CROWD
 
 
 def test_an_address_handed_over_takes_no_clients_along(
@@ -601,7 +568,7 @@ def test_a_flood_to_one_service_does_not_move_the_clients_of_another(
     flooded = neighbour(net)
     p.put(flooded, net.slice("pod-6", service="neighbour"))
     p.put(sticky(net), net.slice(*ENDPOINTS[:3], "pod-5", "remote-2"))
-    half = crowd.addresses[: MANY // 2]
+    half = crowd.addresses[: CROWD // 2]
     before = Crowd(net, half).ask(net.at(frontend))
     fill(p, net.family, flooded)
     # one client more meets the full map, which the flood itself would do, too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
@@ -17,7 +17,7 @@ from rules.state import State
 from rules.target import address_of
 from rules.trace import End, Packet, trace
 from tests import manifest
-from tests.kernel.conftest import CLUSTER_CIDR, PROTOCOLS, SILENCE_SECONDS, Net
+from tests.kernel.conftest import CLUSTER_CIDR, CROWD, PROTOCOLS, SILENCE_SECONDS, Crowd, Net
 from tests.kernel.proxy import Proxy
 from tests.kernel.test_packets import Conversations, both_protocols
 
@@ -26,7 +26,6 @@ Start = Callable[..., Proxy]
 ENDPOINTS = ("pod-1", "pod-2", "pod-4", "remote-1")
 FRONTENDS = ("cluster-ip", "external-ip", "balancer-ip", "node-port")
 NUMBERS = {"tcp": TCP, "udp": UDP}
-MANY = 24
 CONNECTIONS = 800
 
 
@@ -144,37 +143,6 @@ CHANGES = 200
 # --- source-hash ---------------------------------------------------------------------------------
 
 
-class Crowd:
-    """Many clients outside: addresses of one machine."""
-
-    def __init__(self, net: Net, addresses: list[str]) -> None:
-        self.net = net
-        self.addresses = addresses
-
-    def ask(self, where: tuple[str, int], protocol: str = "udp") -> dict[str, str]:
-        """Who answers each client."""
-        return {a: self.net.server("crowd", where, protocol, source=a) for a in self.addresses}
-
-
-@pytest.fixture(scope="module")
-def crowd_addresses(world: World) -> Iterator[dict[int, list[str]]]:
-    addresses = {
-        4: [f"172.31.0.{number}" for number in range(110, 110 + MANY)],
-        6: [f"fd00:172:31::d:{number}" for number in range(1, 1 + MANY)],
-    }
-    both = [*addresses[4], *addresses[6]]
-    for address in both:
-        world.add_address("crowd", address, "eth0")
-    yield addresses
-    for address in both:
-        world.remove_address("crowd", address, "eth0")
-
-
-@pytest.fixture
-def crowd(net: Net, crowd_addresses: dict[int, list[str]]) -> Crowd:
-    return Crowd(net, crowd_addresses[net.family])
-
-
 def predicted(
     p: Proxy, net: Net, clients: list[str], where: tuple[str, int], protocol: str
 ) -> dict[str, str]:
@@ -228,10 +196,10 @@ def test_a_client_has_the_same_endpoint_whatever_happened_before(
     """Endpoints are added and removed in another order, as on a node that started later."""
     p = proxy(cluster_cidr=CLUSTER_CIDR)
     p.put(asks(net, "source-hash"), net.slice(*ENDPOINTS))
-    first = crowd.ask(net.at("cluster-ip"))
+    first = crowd.ask(net.at("cluster-ip"), "udp")
     for hosts in ((), ("pod-6",), ("pod-6", "remote-2", "pod-4"), tuple(reversed(ENDPOINTS))):
         p.put(net.slice(*hosts))
-    assert crowd.ask(net.at("cluster-ip")) == first
+    assert crowd.ask(net.at("cluster-ip"), "udp") == first
 
 
 def test_few_clients_move_when_an_endpoint_is_removed_or_added(
@@ -240,15 +208,15 @@ def test_few_clients_move_when_an_endpoint_is_removed_or_added(
     p = proxy(cluster_cidr=CLUSTER_CIDR)
     where = net.at("cluster-ip")
     p.put(asks(net, "source-hash"), net.slice(*ENDPOINTS))
-    before = crowd.ask(where)
+    before = crowd.ask(where, "udp")
     p.put(net.slice(*ENDPOINTS[1:]))
-    after = crowd.ask(where)
+    after = crowd.ask(where, "udp")
     stayed = [c for c in crowd.addresses if after[c] == before[c]]
     could = [c for c in crowd.addresses if before[c] != "pod-1"]
     assert len(could) - len(stayed) <= 3
-    assert len(stayed) >= MANY // 2
+    assert len(stayed) >= CROWD // 2
     p.put(net.slice(*ENDPOINTS))
-    assert crowd.ask(where) == before
+    assert crowd.ask(where, "udp") == before
 
 
 @pytest.mark.parametrize("algorithm", ["weighted", "source-hash"])
@@ -288,7 +256,7 @@ def test_a_remembered_client_stays_and_a_new_one_is_placed_by_its_hash(
     p = proxy(cluster_cidr=CLUSTER_CIDR)
     where = net.at("cluster-ip")
     p.put(asks(net, "source-hash", fields=STICKY), net.slice(*ENDPOINTS[:2]))
-    known, new = crowd.addresses[: MANY // 2], crowd.addresses[MANY // 2 :]
+    known, new = crowd.addresses[: CROWD // 2], crowd.addresses[CROWD // 2 :]
     before = {c: net.server("crowd", where, source=c) for c in known}
     assert before == predicted(p, net, known, where, "tcp")
     p.put(net.slice(*ENDPOINTS))
