@@ -12,6 +12,7 @@ are deleted before what they use, verdicts before the chains they name.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from copy import copy
 from typing import NamedTuple
 
 from rules import text as nft
@@ -119,13 +120,39 @@ def _creation(want: Table) -> TableChange:
 
 
 class Transaction(NamedTuple):
-    """Everything that is applied at once."""
+    """Everything that is applied at once, but for what `parts` puts ahead."""
 
     tables: tuple[TableChange, ...]
     change: Change
 
     def __bool__(self) -> bool:
         return bool(self.change) or any(not t.empty for t in self.tables)
+
+
+def parts(transaction: Transaction) -> tuple[Transaction, Transaction]:
+    """What nothing refers to yet, chains and sets that are added to a table, and the rest.
+
+    Sent in one batch they would lose connections: a packet that began before the commit reads the
+    rules of before it, but the elements of after it. The new verdict would lead it to a chain that
+    has no rules before the commit. So chains are there before the verdicts that name them.
+    """
+    ahead: list[TableChange] = []
+    rest: list[TableChange] = []
+    for t in transaction.tables:
+        if t.create or not t.new_chains:
+            rest.append(t)
+            continue
+        ahead.append(
+            TableChange(t.family, counters=t.counters, new_sets=t.new_sets, new_chains=t.new_chains)
+        )
+        rest.append(t._replace(new_sets=(), new_chains=()))
+    if not ahead:
+        return Transaction((), Change()), transaction
+    new, change = {s for t in ahead for s in t.new_sets}, transaction.change
+    first, last = Change(), copy(change)
+    first.added = {s: e for s, e in change.added.items() if s in new}
+    last.added = {s: e for s, e in change.added.items() if s not in new}
+    return Transaction(tuple(ahead), first), Transaction(tuple(rest), last)
 
 
 def encode(  # noqa: PLR0912

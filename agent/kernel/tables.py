@@ -30,7 +30,7 @@ from rules.language import Set
 from rules.netlink.batch import Batch
 from rules.tables import FAMILIES, TABLE
 from rules.text import Element
-from rules.transaction import Transaction, encode
+from rules.transaction import Transaction, encode, parts
 
 _UNKNOWN_MESSAGE = {errno.EINVAL, errno.EOPNOTSUPP}
 _NO_FAMILY = {errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT}
@@ -76,12 +76,18 @@ class Kernel(TableReader):
     # writing
 
     def apply(self, transaction: Transaction) -> int:
-        """Applies everything or nothing. Returns the bytes sent.
+        """Applies everything or nothing, but for new chains that nothing refers to (`parts`).
+        Returns the bytes sent.
 
         Raises OwnedByOther, Stale, or Refused.
         """
         if self.families != FAMILIES:
             transaction = transaction_of(transaction, self.families)
+        ahead, rest = parts(transaction)
+        size = self.send(encode(ahead, self.table_flags)) if ahead else 0
+        return size + self._apply(rest)
+
+    def _apply(self, transaction: Transaction) -> int:
         if self.kept is None:
             return self.send(encode(transaction, self.table_flags))
         counts = self.kept.before(transaction, self)
